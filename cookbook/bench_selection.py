@@ -1,0 +1,142 @@
+"""How long one selection takes: every selector on synthetic trees grown by REBASE; no model is involved.
+
+    python cookbook/bench_selection.py [--widths 16 64 256] [--depth 10] [--trees 15] [--seed 0] [--record]
+
+Scores are Beta(2, 2), steps have 50 to 256 tokens, embeddings are noisy copies of width / 4 random directions.
+Prints a table, then one JSON line; `--record` appends that line to results/bench_selection.jsonl beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+
+from ets_engine.protocols import Frontier, Selector
+from ets_engine.search import Beam, BeamSqrt, Dora, Dvts, Ets, EtsKv, Rebase, SearchTree, build_frontier
+from ets_engine.types import Step
+
+RESULTS = Path(__file__).parent / "results" / "bench_selection.jsonl"
+EMBEDDING_DIM = 768
+NOISE = 0.25  # length of the noise beside a direction of length 1
+
+SELECTORS: dict[str, Selector] = {
+    "beam": Beam(),
+    "beam_sqrt": BeamSqrt(),
+    "dvts": Dvts(),
+    "rebase": Rebase(),
+    "dora": Dora(),
+    "ets_kv": EtsKv(),
+    "ets": Ets(),
+    "ets_published": Ets(published=True, cluster_cut=0.05),
+    "ets_kv_budget": EtsKv(kv_budget_tokens=1),  # stands in for a budget made per tree, below
+}
+
+
+def grow_tree(width: int, depth: int, rng: np.random.Generator) -> tuple[SearchTree, Frontier]:
+    """A tree whose last round has `width` open leaves, and the frontier with embeddings."""
+    tree = SearchTree(prompt_tokens=200)
+    for _ in range(depth):
+        leaves = tree.frontier
+        shares = Rebase().select(build_frontier(tree, leaves), width).shares
+        parents = [leaf for leaf, share in zip(leaves, shares, strict=True) for _ in range(share)]
+        steps = [Step("step", int(tokens)) for tokens in rng.integers(50, 257, len(parents))]
+        children = range(len(tree), len(tree) + len(parents))
+        tree.grow(children, parents, steps, rng.beta(2, 2, len(parents)).tolist())
+    directions = rng.standard_normal((max(1, width // 4), EMBEDDING_DIM)) / EMBEDDING_DIM**0.5
+    noise = NOISE * rng.standard_normal((width, EMBEDDING_DIM)) / EMBEDDING_DIM**0.5
+    embeddings = directions[rng.integers(0, len(directions), width)] + noise  # [L, D]
+    return tree, build_frontier(tree, tree.frontier, max_step_tokens=256, embeddings=embeddings.astype(np.float32))
+
+
+def measure(name: str, width: int, grown: list[tuple[SearchTree, Frontier]], repeats: int) -> dict[str, Any]:
+    """Milliseconds of one selection: median over trees of the best of `repeats`, with p20 and p80."""
+    times_ms: list[float] = []
+    kept: list[int] = []
+    for tree, frontier in grown:
+        selector = SELECTORS.get(name)
+        if name == "ets_kv_budget":  # room for the whole width and half of the tree
+            selector = EtsKv(kv_budget_tokens=width * 256 + sum(frontier.num_tokens) // 2)
+        best_s = float("inf")
+        for _ in range(repeats):
+            started_s = time.perf_counter()
+            if selector is None:
+                build_frontier(tree, tree.frontier)
+                shares: tuple[int, ...] = ()
+            else:
+                shares = selector.select(frontier, width).shares
+            best_s = min(best_s, time.perf_counter() - started_s)
+        times_ms.append(1e3 * best_s)
+        kept.append(sum(share > 0 for share in shares))
+    p20_ms, p80_ms = np.percentile(times_ms, [20, 80]).tolist()
+    return {
+        "selector": name,
+        "width": width,
+        "median_ms": round(statistics.median(times_ms), 3),
+        "p20_ms": round(p20_ms, 3),
+        "p80_ms": round(p80_ms, 3),
+        "mean_kept": round(statistics.mean(kept), 1),
+    }
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    model = [line for line in _cpu_info() if line.startswith("model name")]
+    return {
+        "cpu": model[0].split(":", 1)[1].strip() if model else platform.processor(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "commit": head.stdout.strip() or None,
+        "seed": seed,
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--depth", type=int, default=10)
+    parser.add_argument("--trees", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    rows: list[dict[str, Any]] = []
+    print(f"{'selector':<16}{'width':>6}{'median ms':>11}{'p20':>9}{'p80':>9}{'kept':>7}")
+    for width in options.widths:
+        grown = [grow_tree(width, options.depth, rng) for _ in range(options.trees)]
+        for name in ("build_frontier", *SELECTORS):
+            row = measure(name, width, grown, options.repeats)
+            rows.append(row)
+            print(
+                f"{name:<16}{width:>6}{row['median_ms']:>11.3f}{row['p20_ms']:>9.3f}{row['p80_ms']:>9.3f}"
+                f"{row['mean_kept']:>7.1f}"
+            )
+    line = json.dumps({**environment(options.seed), "depth": options.depth, "trees": options.trees, "rows": rows})
+    print(line)
+    if options.record:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as results:
+            results.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Fast tree attention in plain torch: shared segments once for all queries, private tails batched, then merged.
+
+Merging is by log-sum-exp (Hydragen, arXiv 2402.05099): `l = log(e^l1 + e^l2)`, `o = o1 e^(l1-l) + o2 e^(l2-l)`.
+On a CPU both parts use torch's own flash kernel, which returns the log-sum-exp. Against matmul + softmax + matmul on
+two AVX2 cores (64 queries, 4 KV heads x 64, 360 keys) it takes 0.6 of the time over a shared segment in fp32, and in
+bf16 0.65 ms instead of 25 to 35 ms, because matmul has no fast bf16 path there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ets_engine.attention.api import AttentionLayout
+
+Partial = tuple[torch.Tensor, torch.Tensor]  # output and log-sum-exp of one part of the keys
+
+
+def tree_attention_eager(
+    query: torch.Tensor, cache: torch.Tensor, layout: AttentionLayout, *, scale: float
+) -> torch.Tensor:
+    """See `tree_attention`."""
+    num_tokens, heads, dim = query.shape
+    kv_heads = cache.shape[2]
+    grouped = query.view(num_tokens, kv_heads, heads // kv_heads, dim)  # [T, K, G, D]
+    output, lse = _tail(grouped, cache, layout, scale)
+    for segment in layout.segments:
+        keys, values = _read(cache, segment.slots)
+        if segment.queries is None:
+            output, lse = merge(_shared(grouped, keys, values, scale), (output, lse))
+        else:
+            index = segment.queries
+            part = merge(_shared(grouped[index], keys, values, scale), (output[index], lse[index]))
+            output = output.index_copy(0, index, part[0])
+            lse = lse.index_copy(0, index, part[1])
+    return output.reshape(num_tokens, heads, dim)
+
+
+def merge(left: Partial, right: Partial) -> Partial:
+    """Attention over the union of two disjoint sets of keys, from the partial results over each.
+
+    Args:
+        left: Output [..., D] and log-sum-exp [...].
+        right: The same over the other keys.
+
+    Returns:
+        Output and log-sum-exp over both, in the dtypes of `left`.
+    """
+    weight = torch.sigmoid(left[1] - right[1]).unsqueeze(-1)  # = e^l1 / (e^l1 + e^l2), without overflow
+    output = torch.lerp(right[0].to(weight.dtype), left[0].to(weight.dtype), weight)
+    return output.to(left[0].dtype), torch.logaddexp(left[1], right[1])
+
+
+def _shared(grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> Partial:
+    """All queries over the same keys: queries and head groups stacked, so K/V is read once.
+
+    Args:
+        grouped: Queries by KV head and group. Shape [R, K, G, D].
+        keys: Shape [U, K, D].
+        values: Shape [U, K, D].
+        scale: Factor on the scores.
+
+    Returns:
+        [R, K, G, D] and [R, K, G].
+    """
+    count, kv_heads, group, dim = grouped.shape
+    stacked = grouped.permute(1, 0, 2, 3).reshape(1, kv_heads, count * group, dim)
+    output, lse = attend(stacked, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale)
+    output = output.view(kv_heads, count, group, dim).permute(1, 0, 2, 3)
+    return output, lse.view(kv_heads, count, group).permute(1, 0, 2)
+
+
+def _tail(grouped: torch.Tensor, cache: torch.Tensor, layout: AttentionLayout, scale: float) -> Partial:
+    """Each row's queries over its own tail: [T, K, G, D] and [T, K, G]."""
+    num_rows, num_queries = layout.num_rows, layout.num_queries
+    _, kv_heads, group, dim = grouped.shape
+    keys, values = _read(cache, layout.tail_slots.reshape(-1))
+    keys = keys.view(num_rows, -1, kv_heads, dim).transpose(1, 2)  # [B, K, L, D]
+    values = values.view(num_rows, -1, kv_heads, dim).transpose(1, 2)
+    if num_queries == 1:  # decoding: the head group takes the place of the queries
+        bias = None if layout.tail_bias is None else layout.tail_bias.expand(-1, -1, group, -1)
+        return attend(grouped, keys, values, scale, bias)
+    padded = grouped if layout.query_index is None else grouped[layout.query_index.view(-1)]
+    padded = padded.view(num_rows, num_queries, kv_heads, group, dim).permute(3, 0, 2, 1, 4)  # [G, B, K, Q, D]
+    parts = [attend(one, keys, values, scale, layout.tail_bias, layout.tail_causal) for one in padded]
+    output = torch.stack([part[0] for part in parts], -2)  # [B, K, Q, G, D]
+    lse = torch.stack([part[1] for part in parts], -1)  # [B, K, Q, G]
+    output = output.transpose(1, 2).reshape(num_rows * num_queries, kv_heads, group, dim)
+    lse = lse.transpose(1, 2).reshape(num_rows * num_queries, kv_heads, group)
+    return (output, lse) if layout.packed_index is None else (output[layout.packed_index], lse[layout.packed_index])
+
+
+def _read(cache: torch.Tensor, slots: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V at some slots, each [N, K, D]; a slice reads in place, an index gathers both at once."""
+    part = cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
+    keys, values = part.unbind(1)
+    return keys, values
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+) -> Partial:
+    """Plain attention that also returns the log-sum-exp of the scores.
+
+    Args:
+        query: Shape [B, H, Q, D].
+        keys: Shape [B, H, L, D].
+        values: Shape [B, H, L, D].
+        scale: Factor on the scores.
+        bias: Additive, broadcastable to [B, 1, Q, L].
+        causal: Query i sees keys 0..i.
+
+    Returns:
+        [B, H, Q, D] in the dtype of `query`, and [B, H, Q] in fp32 (fp64 for fp64).
+    """
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, is_causal=causal, attn_mask=bias, scale=scale
+        )
+    return attend_by_matmul(query, keys, values, scale, bias, causal)
+
+
+def attend_by_matmul(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+) -> Partial:
+    """`attend` where torch has no kernel that returns the log-sum-exp: two matmuls, softmax in fp32."""
+    scores = (query @ keys.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(ahead, float("-inf"))
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp().to(values.dtype)
+    return weights @ values, lse

@@ -1,0 +1,123 @@
+"""Settings of a search and of an engine: frozen, validated in the constructor, JSON in and out."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ets_engine.errors import ConfigError
+
+Strategy = Literal[
+    "greedy",
+    "best_of_n",
+    "beam",
+    "beam_sqrt",
+    "dvts",
+    "rebase",
+    "ets_kv",
+    "ets",
+    "ets_published",
+    "dora",
+]
+Reduce = Literal["last", "min", "prod", "mean"]
+Vote = Literal["best", "majority", "weighted"]
+
+
+class Config(BaseModel):
+    """Base of the settings types: unknown names and bad values raise `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        """Validate every setting.
+
+        Raises:
+            ConfigError: naming each bad setting, its value and what is allowed.
+        """
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'settings'}={item['input']!r}: {item['msg']}"
+                for item in error.errors()
+            )
+            raise ConfigError(f"{type(self).__name__}: {problems}") from None
+
+    def fingerprint(self) -> str:
+        """Short hash of every setting, equal exactly when the settings are equal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def replace(self, **changes: Any) -> Config:
+        """The same settings with some changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+class SearchConfig(Config):
+    """Everything that decides a search's outcome, apart from the models and the problem.
+
+    Attributes:
+        strategy: Which selector; "greedy" is one trajectory at temperature 0.
+        width: Trajectories kept alive (count).
+        max_steps: Most steps of a trajectory (depth).
+        max_step_tokens: Most tokens of one step.
+        max_tokens: Most tokens of one trajectory, prompt excluded.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p, top_k, min_p: Sampling cuts; 1.0, 0 and 0.0 switch them off.
+        seed: Same seed, same models, same settings: same tree.
+        keep: Leaves kept by "beam" and "dvts", None = width / 4 (at least 1); "beam_sqrt" ignores it.
+        softmax_temperature: REBASE's, ETS's and DORA's temperature over step scores.
+        lambda_b: ETS's price of keeping the whole tree. Dimensionless, >= 0.
+        lambda_d: ETS's worth of full semantic coverage. Dimensionless, >= 0.
+        cluster_cut: Cosine distance at which steps stop being the same idea, in [0, 2].
+        node_cost: What lambda_b prices: "tokens" (ours) or "nodes" (published).
+        kv_budget_tokens: Hard cap on resident KV tokens of the policy, None = no cap.
+        reduce: Step scores of a path to one trajectory score.
+        vote: Trajectories to one answer.
+        n_candidates: Most distinct answers returned.
+        trace: Return the whole tree.
+    """
+
+    strategy: Strategy = "ets"
+    width: int = Field(default=16, ge=1, le=4096)
+    max_steps: int = Field(default=40, ge=1, le=1000)
+    max_step_tokens: int = Field(default=256, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0, le=10.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    keep: int | None = Field(default=None, ge=1)
+    softmax_temperature: float = Field(default=0.2, gt=0.0)
+    lambda_b: float = Field(default=1.0, ge=0.0)
+    lambda_d: float = Field(default=1.0, ge=0.0)
+    cluster_cut: float = Field(default=0.2, ge=0.0, le=2.0)
+    node_cost: Literal["tokens", "nodes"] = "tokens"
+    kv_budget_tokens: int | None = Field(default=None, ge=1)
+    reduce: Reduce = "last"
+    vote: Vote = "weighted"
+    n_candidates: int = Field(default=8, ge=1)
+    trace: bool = False
+
+
+class EngineConfig(Config):
+    """Where and how the models run.
+
+    Attributes:
+        device: "auto" takes CUDA when it is there.
+        dtype: "auto" is float32 on a CPU, bfloat16 on CUDA.
+        page_tokens: Tokens per KV page.
+        kv_pool_tokens: KV tokens preallocated per model; grows by doubling on the CPU until the limit,
+            None = no limit but memory.
+        prefill_chunk_tokens: Most tokens of one prompt read per forward pass.
+        trust_remote_code: Whether a checkpoint may run code of its own.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    page_tokens: int = Field(default=16, ge=1, le=1024)
+    kv_pool_tokens: int | None = Field(default=None, ge=16)
+    prefill_chunk_tokens: int = Field(default=2048, ge=1)
+    trust_remote_code: bool = False

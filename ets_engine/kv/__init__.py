@@ -1,0 +1,7 @@
+"""The KV cache as a tree: pages, ownership, index tensors."""
+
+from ets_engine.kv.layout import LayoutBuilder, Row, Segment, TreeLayout
+from ets_engine.kv.pool import KVPool, LayerShape
+from ets_engine.kv.prefix_tree import PrefixTree
+
+__all__ = ["KVPool", "LayerShape", "LayoutBuilder", "PrefixTree", "Row", "Segment", "TreeLayout"]

@@ -1,0 +1,265 @@
+"""Rows of a batch (a KV node and its new tokens each) -> index tensors for attention; it knows no model.
+
+Every token of a row's path is read in one of two ways. A *segment* is a run of ancestors' tokens that many rows share:
+all of its rows' queries are stacked and its K/V is read once (Hydragen, arXiv 2402.05099). What is left, the row's own
+tokens and ancestors that too few rows share, is the row's *tail*: gathered per row, padded, causal over the new tokens.
+While the same rows decode token after token, only the tails grow, and only that is rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from ets_engine.kv.prefix_tree import PrefixTree
+
+# A segment costs a handful of small tensor operations per layer, about what gathering and attending this many
+# tail tokens costs; it must save at least as many.
+MIN_SAVED_TOKENS = 256
+
+IntArray = NDArray[np.int64]
+
+
+class Row(NamedTuple):
+    """One row of a forward pass: a node, its own tokens whose K/V is stored already, and its new tokens (counts)."""
+
+    handle: int
+    stored: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens that several rows share and all their new tokens see.
+
+    Attributes:
+        queries: The new tokens that see it, None = all. Shape [R].
+        slots: Where its K/V lies; a slice when contiguous. Shape [U].
+    """
+
+    queries: torch.Tensor | None
+    slots: torch.Tensor | slice
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLayout:
+    """One forward pass over B rows, T new tokens in all, at most Q per row.
+
+    Attributes:
+        position_ids: Path position of each new token. Shape [T].
+        write_slots: Where its K/V goes; a slice when contiguous. Shape [T].
+        segments: Shared parts; each row's segments and its tail make up its path.
+        tail_slots: Each row's tail in path order, its new tokens last, padded with its first slot. Shape [B, L].
+        tail_bias: 0 where a query sees a tail token, -inf elsewhere; None = see `tail_causal`. Shape [B, 1, Q, L].
+        tail_causal: Without a bias: the tail is the new tokens alone, each seeing itself and those before it.
+        query_index: New token of each padded query; None = no padding, the T tokens are B x Q. Shape [B, Q].
+        packed_index: Padded query of each new token, as position in B x Q; None with `query_index`. Shape [T].
+        last_index: Each row's last new token. Shape [B].
+        num_rows, num_queries: B and Q.
+        distinct_tokens: Distinct tokens whose K/V the pass reads.
+    """
+
+    position_ids: torch.Tensor
+    write_slots: torch.Tensor | slice
+    segments: tuple[Segment, ...]
+    tail_slots: torch.Tensor
+    tail_bias: torch.Tensor | None
+    tail_causal: bool
+    query_index: torch.Tensor | None
+    packed_index: torch.Tensor | None
+    last_index: torch.Tensor
+    num_rows: int
+    num_queries: int
+    distinct_tokens: int
+
+
+class LayoutBuilder:
+    """Builds layouts over one prefix tree; remembers the last batch so that decoding costs little per token.
+
+    Args:
+        tree: The KV tree.
+        device: Of the index tensors.
+        bias_dtype: Of `TreeLayout.tail_bias`.
+        min_saved_tokens: Shared tokens a segment must save from being read again, >= 0.
+    """
+
+    def __init__(
+        self,
+        tree: PrefixTree,
+        *,
+        device: torch.device | str = "cpu",
+        bias_dtype: torch.dtype = torch.float32,
+        min_saved_tokens: int = MIN_SAVED_TOKENS,
+    ) -> None:
+        self._tree = tree
+        self._device = torch.device(device)
+        self._bias_dtype = bias_dtype
+        self._min_saved_tokens = min_saved_tokens
+        self._next_rows: list[Row] | None = None  # the rows that the remembered plan can be grown to
+
+    def build(self, rows: Sequence[Row]) -> TreeLayout:
+        """The layout of one forward pass; `PrefixTree.append` has made room for the new tokens already.
+
+        Args:
+            rows: Distinct held leaves, each with at least one new token.
+
+        Example:
+            >>> from ets_engine.kv.pool import KVPool, LayerShape
+            >>> tree = PrefixTree(KVPool([LayerShape(1, 8)], page_tokens=4))
+            >>> prompt = tree.root()
+            >>> slots = tree.append(prompt, 4)
+            >>> left, right = tree.fork(prompt), tree.fork(prompt)
+            >>> slots = tree.append(left, 1), tree.append(right, 1)
+            >>> layout = LayoutBuilder(tree, min_saved_tokens=1).build([Row(left, 0, 1), Row(right, 0, 1)])
+            >>> layout.position_ids.tolist(), layout.segments[0].slots, layout.tail_slots.tolist()
+            ([4, 4], slice(0, 4, None), [[4], [8]])
+        """
+        rows = list(rows)
+        if self._next_rows == rows:
+            self._grow_tails(rows)
+        else:
+            self._plan(rows)
+        decoding = all(row.new == 1 for row in rows)
+        self._next_rows = [Row(row.handle, row.stored + 1, 1) for row in rows] if decoding else None
+        return self._layout(rows, decoding)
+
+    # ------------------------------------------------------------------ plan: who reads what, and how
+
+    def _plan(self, rows: list[Row]) -> None:
+        tree = self._tree
+        rows_of: dict[int, list[int]] = {}  # parent -> its rows
+        for index, row in enumerate(rows):
+            rows_of.setdefault(tree.parent(row.handle), []).append(index)
+        paths = {parent: self._path(parent) for parent in rows_of}
+        below: dict[int, list[int]] = {}  # node -> rows that read it
+        for parent, path in paths.items():
+            for node in path:
+                below.setdefault(node, []).extend(rows_of[parent])
+        segment_of: dict[int, tuple[list[int], IntArray] | None] = {}  # by the first node of a run
+        shared: list[tuple[list[int], IntArray]] = []
+        tails: list[IntArray] = [np.empty(0, dtype=np.int64)] * len(rows)
+        for parent, path in paths.items():
+            left_over = []
+            for run in _runs(path, below):
+                slots = np.concatenate([tree.slots(node) for node in run])
+                readers = below[run[0]]
+                if run[0] not in segment_of:
+                    worth_it = len(rows) == 1 or (len(readers) - 1) * len(slots) >= self._min_saved_tokens
+                    segment_of[run[0]] = (readers, slots) if worth_it and len(slots) else None
+                    if segment_of[run[0]] is not None:
+                        shared.append((readers, slots))
+                if segment_of[run[0]] is None:
+                    left_over.append(slots)
+            prefix = np.concatenate(left_over) if left_over else np.empty(0, dtype=np.int64)
+            for index in rows_of[parent]:
+                own = tree.slots(rows[index].handle)[: rows[index].stored + rows[index].new]
+                if len(rows) == 1 and rows[0].new > 1 and rows[0].stored:  # a further chunk of one prompt
+                    shared.append(([0], own[: rows[0].stored].copy()))
+                    own = own[rows[0].stored :]
+                tails[index] = np.concatenate([prefix, own])
+        self._shared = self._segments(shared, rows)
+        self._tail_lengths = np.array([len(tail) for tail in tails], dtype=np.int64)  # [B], new tokens included
+        self._tail = np.empty((len(rows), int(self._tail_lengths.max()) + 16), dtype=np.int64)
+        for index, tail in enumerate(tails):
+            self._tail[index] = tail[0]
+            self._tail[index, : len(tail)] = tail
+        starts = [tree.prefix_tokens(row.handle) + row.stored for row in rows]
+        self._starts = np.array(starts, dtype=np.int64)  # position of each row's first new token
+        self._row_index = np.arange(len(rows))
+        self._distinct_tokens = sum(tree.num_tokens(node) for node in below) + sum(row.stored + row.new for row in rows)
+
+    def _path(self, node: int) -> list[int]:
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self._tree.parent(node)
+        return path[::-1]
+
+    def _segments(self, shared: list[tuple[list[int], IntArray]], rows: list[Row]) -> tuple[Segment, ...]:
+        ends = np.cumsum([row.new for row in rows])
+        segments = []
+        for readers, slots in shared:
+            queries = None
+            if len(readers) < len(rows):
+                queries = self._tensor(np.concatenate([np.arange(ends[i] - rows[i].new, ends[i]) for i in readers]))
+            segments.append(Segment(queries, self._slots(slots)))
+        return tuple(segments)
+
+    def _grow_tails(self, rows: list[Row]) -> None:
+        slots = [self._tree.slots(row.handle)[row.stored] for row in rows]
+        if int(self._tail_lengths.max()) == self._tail.shape[1]:
+            padding = np.repeat(self._tail[:, :1], self._tail.shape[1], axis=1)
+            self._tail = np.concatenate([self._tail, padding], axis=1)
+        self._tail[self._row_index, self._tail_lengths] = slots
+        self._tail_lengths += 1
+        self._starts += 1
+        self._distinct_tokens += len(rows)
+
+    # ------------------------------------------------------------------ tensors
+
+    def _layout(self, rows: list[Row], decoding: bool) -> TreeLayout:
+        length = int(self._tail_lengths.max())
+        new = np.ones(len(rows), dtype=np.int64) if decoding else np.array([row.new for row in rows], dtype=np.int64)
+        num_queries = int(new.max())
+        before = self._tail_lengths - new  # tail tokens that all of a row's new tokens see
+        query_index = packed_index = None
+        if decoding:
+            positions, last_index = self._starts.copy(), self._row_index
+            write_slots = self._tail[self._row_index, before]
+        else:
+            offsets = np.concatenate([np.arange(count) for count in new])
+            owners = np.repeat(self._row_index, new)
+            positions = self._starts[owners] + offsets
+            write_slots = self._tail[owners, before[owners] + offsets]
+            last_index = np.cumsum(new) - 1
+            if (new < num_queries).any():
+                steps = np.minimum(np.arange(num_queries)[None], new[:, None] - 1)  # padding repeats the last query
+                query_index = self._tensor((np.cumsum(new) - new)[:, None] + steps)
+                packed_index = self._tensor(owners * num_queries + offsets)
+        causal = not before.any() and query_index is None
+        return TreeLayout(
+            position_ids=self._tensor(positions),
+            write_slots=self._slots(write_slots),
+            segments=self._shared,
+            tail_slots=self._tensor(self._tail[:, :length]),
+            tail_bias=None if causal else self._bias(before, new, num_queries, length),
+            tail_causal=causal,
+            query_index=query_index,
+            packed_index=packed_index,
+            last_index=self._tensor(last_index),
+            num_rows=len(rows),
+            num_queries=num_queries,
+            distinct_tokens=self._distinct_tokens,
+        )
+
+    def _bias(self, before: IntArray, new: IntArray, num_queries: int, length: int) -> torch.Tensor | None:
+        if num_queries == 1 and (before == length - 1).all():
+            return None  # every tail is full length, and one query sees all of it
+        last_seen = before[:, None] + np.minimum(np.arange(num_queries)[None], new[:, None] - 1)  # [B, Q]
+        hidden = torch.from_numpy(np.arange(length)[None, None] > last_seen[:, :, None])[:, None]
+        bias = torch.zeros(hidden.shape, dtype=self._bias_dtype).masked_fill_(hidden, float("-inf"))
+        return bias.to(self._device)
+
+    def _tensor(self, array: IntArray) -> torch.Tensor:
+        return torch.from_numpy(array.copy()).to(self._device)
+
+    def _slots(self, slots: IntArray) -> torch.Tensor | slice:
+        if len(slots) == 1 or (slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all()):
+            return slice(int(slots[0]), int(slots[-1]) + 1)
+        return self._tensor(slots)
+
+
+def _runs(path: list[int], below: dict[int, list[int]]) -> list[list[int]]:
+    """Split a root-to-leaf path where the number of readers changes; the readers of a child are among its parent's."""
+    runs: list[list[int]] = []
+    for node in path:
+        if runs and len(below[runs[-1][0]]) == len(below[node]):
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+    return runs

@@ -1,0 +1,123 @@
+"""The seams of a search, one page: policy, verifier, embedder, selector, step view.
+
+Everything above a seam is pure; everything below owns a model, a device or a socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from ets_engine.types import LeafVerdict, Step
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """All that a selector sees: the open leaves and the tree above them, as plain arrays.
+
+    Node arrays cover the root, every ancestor of a leaf, and the leaves; parents come before children.
+
+    Attributes:
+        parents: Parent position of each node, -1 for the root. Shape [N].
+        num_tokens: KV tokens of each node. Shape [N].
+        leaves: Position of each leaf in the node arrays. Shape [L], L >= 1.
+        scores: Score of each leaf, finite, in [0, 1]. Shape [L].
+        subtrees: Which child of the root each leaf descends from (0, 1, ...; the root itself is 0). Shape [L].
+        depth: Depth of the leaves.
+        max_step_tokens: Most tokens one child may add, for a hard KV budget.
+        embeddings: One vector per leaf, or None when the selector did not ask or L is 1. Shape [L, D].
+    """
+
+    parents: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    leaves: tuple[int, ...]
+    scores: tuple[float, ...]
+    subtrees: tuple[int, ...]
+    depth: int
+    max_step_tokens: int = 0
+    embeddings: NDArray[np.floating] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A selector's decision.
+
+    Attributes:
+        shares: Children granted to each leaf, >= 0, sum <= open width. Shape [L].
+        verdicts: Why, one per leaf in the same order, `node` being the leaf's position in the
+            frontier's node arrays; empty when the selector gives no reasons. Shape [L] or [0].
+    """
+
+    shares: tuple[int, ...]
+    verdicts: tuple[LeafVerdict, ...] = ()
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Decides which leaves are worth their KV; a pure function of the frontier."""
+
+    @property
+    def needs_embeddings(self) -> bool:
+        """Whether `Frontier.embeddings` must be filled."""
+        ...
+
+    def select(self, frontier: Frontier, open_width: int) -> Selection:
+        """Split `open_width` (count, >= 1) children over the leaves."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """One search's view of a model that proposes steps; nodes are named by their tree id."""
+
+    def start(self) -> int:
+        """Read the prompt as node 0 and return its tokens (count)."""
+        ...
+
+    def expand(self, parents: Sequence[int], children: Sequence[int]) -> Sequence[Step]:
+        """Propose one step per child, `children[i]` below `parents[i]`, in one batch; a failed branch is a Step."""
+        ...
+
+    def retain(self, leaves: Sequence[int]) -> None:
+        """Keep the paths to these nodes; every other branch's KV is free from now on."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """One search's view of a model that scores steps; a node is scored once, ever."""
+
+    def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> Sequence[float]:
+        """Score each new node (its step text given) in [0, 1], NaN for a branch that cannot be scored."""
+        ...
+
+    def retain(self, leaves: Sequence[int]) -> None:
+        """Keep the paths to these nodes, free the rest."""
+        ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Maps steps to vectors whose cosine distance says how differently they reason."""
+
+    def embed(self, nodes: Sequence[int], texts: Sequence[str]) -> NDArray[np.floating]:
+        """One finite vector per node. Shape [len(nodes), D]."""
+        ...
+
+
+@runtime_checkable
+class StepView(Protocol):
+    """How text maps to answers and vote classes."""
+
+    def answer(self, problem: str, text: str) -> str | None:
+        """The answer in a finished trajectory's text, or None when there is none (it abstains)."""
+        ...
+
+    def same(self, left: str, right: str) -> bool:
+        """Whether two answers count as the same vote."""
+        ...

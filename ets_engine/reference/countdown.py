@@ -1,0 +1,273 @@
+"""The `countdown` family: reach a target from given numbers; generator, exact checker, solvability.
+
+A solution has one operation per line with what is left, the last line reaching the target::
+
+    19-4=15 left 6 10 15
+    15*6=90 left 10 90
+    90+10=100
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+LEVELS = (4, 5, 6)  # level = how many numbers
+MAX_GIVEN = 20
+MAX_VALUE = 400  # largest intermediate result the generator uses and the checker accepts
+TARGETS = (10, 100)
+
+_PROMPT = re.compile(r"Use ([\d, ]+) and (\d+) to make (\d+)\.")
+_STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)(?: left((?: \d+)+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class CountdownProblem:
+    """Numbers, sorted, each to be used exactly once, and the target."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    def render(self) -> str:
+        """The problem in words."""
+        *head, last = self.numbers
+        return f"Use {', '.join(map(str, head))} and {last} to make {self.target}."
+
+
+def parse(text: str) -> CountdownProblem | None:
+    """The problem in `text`, or None when it is not a countdown problem of a known level."""
+    match = _PROMPT.fullmatch(text.strip())
+    if match is None:
+        return None
+    numbers = (*(int(part) for part in re.findall(r"\d+", match[1])), int(match[2]))
+    if len(numbers) not in LEVELS or not all(0 < n <= MAX_VALUE for n in numbers):
+        return None
+    return CountdownProblem(tuple(sorted(numbers)), int(match[3]))
+
+
+def apply(left: int, op: str, right: int) -> int | None:
+    """The result of one operation, or None where it leaves the positive integers up to `MAX_VALUE`."""
+    if op == "+":
+        result = left + right
+    elif op == "-":
+        result = left - right
+    elif op == "*":
+        result = left * right
+    else:
+        result = left // right if right and left % right == 0 else 0
+    return result if 0 < result <= MAX_VALUE else None
+
+
+def _merge(numbers: Sequence[int], left: int, right: int, result: int) -> tuple[int, ...]:
+    rest = list(numbers)
+    rest.remove(left)
+    rest.remove(right)
+    return tuple(sorted([*rest, result]))
+
+
+@lru_cache(maxsize=400_000)
+def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
+    """Every value that can be made from all of `numbers` (sorted)."""
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    found: set[int] = set()
+    for state in {
+        _merge(numbers, a, b, result)
+        for i, a in enumerate(numbers)
+        for j, b in enumerate(numbers)
+        if i != j
+        for op in "+-*/"
+        if (result := apply(a, op, b)) is not None
+    }:
+        found |= reachable(state)
+    return frozenset(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One operation and the sorted numbers left after it."""
+
+    left: int
+    op: str
+    right: int
+    result: int
+    rest: tuple[int, ...]
+
+    def render(self) -> str:
+        """The step's line; the last one names nothing left."""
+        line = f"{self.left}{self.op}{self.right}={self.result}"
+        return line if len(self.rest) == 1 else f"{line} left {' '.join(map(str, self.rest))}"
+
+
+def parse_step(line: str) -> Move | None:
+    """The move a line claims, unchecked, or None when it is not one."""
+    match = _STEP.fullmatch(line.strip())
+    if match is None:
+        return None
+    result = int(match[4])
+    rest = tuple(int(part) for part in match[5].split()) if match[5] else (result,)
+    return Move(int(match[1]), match[2], int(match[3]), result, rest)
+
+
+def generate(rng: Random, level: int) -> tuple[CountdownProblem, list[str]]:
+    """A solvable problem and one random solution of it, line by line."""
+    while True:
+        numbers = tuple(sorted(rng.randint(1, MAX_GIVEN) for _ in range(level)))
+        state, lines = numbers, []
+        while len(state) > 1:
+            for _ in range(20):
+                i, j = rng.sample(range(len(state)), 2)
+                left, right, op = state[i], state[j], rng.choice("+-*/")
+                if op in "+*" and left < right:
+                    left, right = right, left
+                result = apply(left, op, right)
+                if result is not None:
+                    break
+            else:
+                break
+            state = _merge(state, left, right, result)
+            lines.append(Move(left, op, right, result, state).render())
+        if len(state) == 1 and TARGETS[0] <= state[0] <= TARGETS[1]:
+            return CountdownProblem(numbers, state[0]), lines
+
+
+def walk(problem: CountdownProblem, lines: Sequence[str]) -> list[tuple[bool, tuple[int, ...]]]:
+    """Check each line: is everything up to and including it legal and right, and what is left after it."""
+    state, valid, out = problem.numbers, True, []
+    for line in lines:
+        move = parse_step(line) if valid else None
+        valid = move is not None and _is_legal(state, move)
+        if move is not None and valid:
+            state = move.rest
+        out.append((valid, state))
+    return out
+
+
+def _is_legal(state: tuple[int, ...], move: Move) -> bool:
+    pool = list(state)
+    for operand in (move.left, move.right):
+        if operand not in pool:
+            return False
+        pool.remove(operand)
+    return apply(move.left, move.op, move.right) == move.result and tuple(sorted([*pool, move.result])) == move.rest
+
+
+def label_steps(problem: CountdownProblem, lines: Sequence[str]) -> list[bool]:
+    """Per line: is everything so far right, and can the target still be reached?"""
+    return [valid and problem.target in reachable(state) for valid, state in walk(problem, lines)]
+
+
+def is_solved(problem: CountdownProblem, lines: Sequence[str]) -> bool:
+    """Whether every line is right and the last one leaves exactly the target."""
+    checks = walk(problem, lines)
+    return bool(checks) and all(valid for valid, _ in checks) and checks[-1][1] == (problem.target,)
+
+
+def compose(lines: Sequence[str]) -> str | None:
+    """The expression that the lines build, by the values they claim; unchecked. None without a legible last line.
+
+    Example:
+        >>> compose(["19-4=15 left 6 15", "15*6=90"])
+        '(19-4)*6'
+    """
+    made: dict[int, list[str]] = {}  # claimed value -> expressions not used yet
+    expression: str | None = None
+    for line in lines:
+        move = parse_step(line)
+        if move is None:
+            return None
+        parts = [stack.pop() if (stack := made.get(n)) else str(n) for n in (move.left, move.right)]
+        if move.op in "+*":
+            parts.sort()
+        parts = [f"({part})" if not part.isdigit() else part for part in parts]
+        expression = parts[0] + move.op + parts[1]
+        made.setdefault(move.result, []).append(expression)
+    return expression
+
+
+def corrupt(rng: Random, problem: CountdownProblem, lines: Sequence[str]) -> list[str]:
+    """Break one random line the way policies break them, the later lines following from the broken state.
+
+    Kinds: a wrong result, a wrong remainder, a number used twice, a legal move into a dead end.
+    """
+    at = rng.randrange(len(lines))
+    state = problem.numbers if at == 0 else walk(problem, lines[:at])[-1][1]
+    move = parse_step(lines[at])
+    assert move is not None, "corrupt() takes legible solutions"
+    last = at == len(lines) - 1
+    kind = rng.choice(("result", "target", "pair") if last else ("result", "result", "rest", "twice", "deadend"))
+    pool = list(state)
+    if kind == "twice":
+        left, right = rng.choice(pool), rng.randint(1, MAX_GIVEN)
+        if right in pool:
+            right = left
+        result = apply(left, rng_op := rng.choice("+-*/"), right)
+        if result is not None:
+            rest = list(pool)
+            rest.remove(left)
+            if len(rest) > 1:
+                rest.remove(rng.choice(rest))
+            move = Move(left, rng_op, right, result, tuple(sorted([*rest, result])))
+    elif kind in ("deadend", "pair", "target"):
+        i, j = rng.sample(range(len(pool)), 2)
+        op = rng.choice("+-*/")
+        left, right = (max(pool[i], pool[j]), min(pool[i], pool[j])) if op in "+*" else (pool[i], pool[j])
+        result = apply(left, op, right)
+        if result is not None:
+            move = Move(left, op, right, result, _merge(pool, left, right, result))
+        if kind == "target":  # claims the target whatever the operation gives
+            move = Move(left, op, right, problem.target, (problem.target,))
+    elif kind == "result":
+        wrong = slip(rng, move.result)
+        rest = list(move.rest)
+        rest.remove(move.result)
+        move = Move(move.left, move.op, move.right, wrong, tuple(sorted([*rest, wrong])))
+    else:
+        rest = list(move.rest)
+        k = rng.randrange(len(rest))
+        rest[k] = slip(rng, rest[k])
+        if rng.random() < 0.3 and len(rest) > 2:
+            rest.pop(k)
+        move = Move(move.left, move.op, move.right, move.result, tuple(sorted(rest)))
+    out, state = [*lines[:at], move.render()], move.rest
+    while len(state) > 1 and len(out) < len(problem.numbers) - 1:  # go on from the broken state, towards the target
+        options = [
+            (a, op, b, result)
+            for i, a in enumerate(state)
+            for j, b in enumerate(state)
+            if i != j
+            for op in "+-*/"
+            if (result := apply(a, op, b)) is not None and not (op in "+*" and a < b)
+        ]
+        if not options:
+            break
+        if len(state) == 2:
+            hits = [option for option in options if option[3] == problem.target]
+            options = hits or options
+        a, op, b, result = rng.choice(options)
+        state = _merge(state, a, b, result)
+        if len(state) == 1 and rng.random() < 0.7:
+            result, state = problem.target, (problem.target,)
+        out.append(Move(a, op, b, result, state).render())
+    return out
+
+
+def slip(rng: Random, value: int) -> int:
+    """A wrong number that looks like `value`: one digit off, a carry lost, two digits swapped."""
+    digits = str(value)
+    while True:
+        kind = rng.random()
+        if kind < 0.4:
+            wrong = value + rng.choice((-10, -2, -1, 1, 2, 10))
+        elif kind < 0.8:
+            at = rng.randrange(len(digits))
+            wrong = int(digits[:at] + str(rng.randrange(10)) + digits[at + 1 :])
+        elif kind < 0.9:
+            wrong = int(digits[::-1])
+        else:
+            wrong = rng.randint(1, 2 * value + 5)
+        if wrong > 0 and wrong != value:
+            return wrong

@@ -1,0 +1,447 @@
+"""The `story` family: word problems about who has how many; generator, exact checker.
+
+A solution computes one person's number per line in any order that works, then the total when the question asks
+for several people; its last line names the answer::
+
+    Ben has 14*3=42
+    Cara has 42+9=51
+    total 14+51=65. Answer: 65
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from ets_engine.reference.countdown import slip
+
+LEVELS = tuple(range(3, 11))  # level = how many steps
+MAX_VALUE = 999
+
+NAMES = (
+    "Ana Ben Cara Dan Eva Finn Gia Hugo Ida Jack Kim Leo Mia Nico Olga Paul Rosa Sam Tess Uma Vera Will Yara Zoe"
+).split()
+ITEMS = "apples books cards coins eggs flags keys lamps maps pens plums rings shells stamps toys trees".split()
+SHARES = {"half": 2, "a third": 3, "a quarter": 4, "a fifth": 5}
+
+_TEMPLATES = {  # relation -> wordings; {b} has, compared with {a} and {c}
+    "given": ("{b} has {n} {item}.", "There are {n} {item} in the bag of {b}."),
+    "boxes": ("{b} has {n} boxes of {m} {item} each.", "{b} bought {n} packs with {m} {item} in each pack."),
+    "more": ("{b} has {n} more {item} than {a}.", "{a} has {n} fewer {item} than {b}."),
+    "fewer": ("{b} has {n} fewer {item} than {a}.", "{a} has {n} more {item} than {b}."),
+    "times": ("{b} has {n} times as many {item} as {a}.", "For each of the {item} of {a}, {b} has {n}."),
+    "share": ("{b} has {share} as many {item} as {a}.",),
+    "both": ("{b} has as many {item} as {a} and {c} together.",),
+    "gap": ("{b} has as many {item} as {a} would have after giving {c} as many as {c} has.",),
+}
+_QUESTION_ONE = "How many {item} does {b} have?"
+_QUESTION_MANY = "How many {item} do {people} have together?"
+_GROUPS = {
+    "a": rf"(?P<a>{'|'.join(NAMES)})",
+    "b": rf"(?P<b>{'|'.join(NAMES)})",
+    "c": rf"(?P<c>{'|'.join(NAMES)})",
+    "n": r"(?P<n>\d{1,3})",
+    "m": r"(?P<m>\d{1,3})",
+    "share": rf"(?P<share>{'|'.join(SHARES)})",
+    "item": rf"(?P<item>{'|'.join(ITEMS)})",
+}
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    seen: set[str] = set()
+
+    def group(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in seen:
+            return f"(?P={name})"
+        seen.add(name)
+        return _GROUPS[name]
+
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", group, re.escape(template)))
+
+
+# "fewer" in its second wording reads exactly like "more" in its first with the names swapped, and the other way
+# round: who is known decides which of the two it is, so parsing only needs the first wordings.
+_PATTERNS = [
+    (relation, _pattern(template))
+    for relation, templates in _TEMPLATES.items()
+    for template in (templates if relation not in ("more", "fewer") else templates[:1])
+]
+_PATTERN_ONE = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) does (?P<b>{'|'.join(NAMES)}) have\?")
+_PATTERN_MANY = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) do (?P<people>.+) have together\?")
+_STEP = re.compile(r"(?:(\w+) has|total) (\d+)([-+*/])(\d+)=(\d+)(?:\. Answer: (\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """How many `item` one person has: a given number, or an operation on others' numbers.
+
+    `left op right`, each side a number or another person's name; a given number has op "".
+    """
+
+    item: str
+    left: int | str
+    op: str = ""
+    right: int | str = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoryProblem:
+    """Who has how many, and whose numbers are asked for, added in the order named."""
+
+    text: str
+    item: str
+    quantities: Mapping[str, Quantity]
+    asked: tuple[str, ...]
+
+    def render(self) -> str:
+        """The problem in words."""
+        return self.text
+
+    def values(self) -> dict[str, int]:
+        """Every person's number."""
+        known: dict[str, int] = {}
+
+        def value(side: int | str) -> int:
+            if isinstance(side, int):
+                return side
+            if side not in known:
+                quantity = self.quantities[side]
+                left = value(quantity.left)
+                known[side] = calculate(left, quantity.op, value(quantity.right)) if quantity.op else left
+            return known[side]
+
+        for person in self.quantities:
+            value(person)
+        return known
+
+    def answer(self) -> int:
+        """The number asked for."""
+        values = self.values()
+        return sum(values[person] for person in self.asked)
+
+
+def calculate(left: int, op: str, right: int) -> int:
+    """The result of one operation; -1 where a division leaves a remainder."""
+    if op == "+":
+        return left + right
+    if op == "-":
+        return left - right
+    if op == "*":
+        return left * right
+    return left // right if right and left % right == 0 else -1
+
+
+def parse(text: str) -> StoryProblem | None:
+    """The problem in `text`, or None when it is not a story of this family."""
+    text = " ".join(text.split())
+    *sentences, question = re.split(r"(?<=\.) ", text)
+    many, one = _PATTERN_MANY.fullmatch(question), _PATTERN_ONE.fullmatch(question)
+    if many:
+        item, asked = many["item"], tuple(re.split(r", | and ", many["people"]))
+    elif one:
+        item, asked = one["item"], (one["b"],)
+    else:
+        return None
+    facts: list[tuple[str, dict[str, str]]] = []
+    for sentence in sentences:
+        for relation, pattern in _PATTERNS:
+            if match := pattern.fullmatch(sentence):
+                facts.append((relation, match.groupdict()))
+                break
+        else:
+            return None
+    quantities = _resolve(facts)
+    if quantities is None or not set(asked) <= set(quantities):
+        return None
+    problem = StoryProblem(text, item, quantities, asked)
+    return problem
+
+
+def _resolve(facts: Sequence[tuple[str, dict[str, str]]]) -> dict[str, Quantity] | None:
+    """Turn sentences into quantities; a comparison defines whichever of its two people is not known otherwise."""
+    quantities: dict[str, Quantity] = {}
+    waiting = list(facts)
+    while waiting:
+        rest: list[tuple[str, dict[str, str]]] = []
+        for relation, slots in waiting:
+            name, quantity = _define(relation, slots, quantities)
+            if name is None or quantity is None:
+                rest.append((relation, slots))
+            elif name in quantities:
+                return None
+            else:
+                quantities[name] = quantity
+        if len(rest) == len(waiting):
+            return None  # somebody depends on a person the story never counts
+        waiting = rest
+    return quantities
+
+
+def _define(
+    relation: str, slots: dict[str, str], known: Mapping[str, Quantity]
+) -> tuple[str, Quantity] | tuple[None, None]:
+    b, item = slots["b"], slots["item"]
+    if relation == "given":
+        return b, Quantity(item, int(slots["n"]))
+    if relation == "boxes":
+        return b, Quantity(item, int(slots["n"]), "*", int(slots["m"]))
+    a = slots["a"]
+    if relation in ("more", "fewer"):
+        up, down = ("+", "-") if relation == "more" else ("-", "+")
+        if a in known and b not in known:
+            return b, Quantity(item, a, up, int(slots["n"]))
+        if b in known and a not in known:
+            return a, Quantity(item, b, down, int(slots["n"]))
+        return None, None
+    if a not in known or ("c" in slots and slots["c"] not in known):
+        return None, None
+    if relation == "times":
+        return b, Quantity(item, a, "*", int(slots["n"]))
+    if relation == "share":
+        return b, Quantity(item, a, "/", SHARES[slots["share"]])
+    return b, Quantity(item, a, "+" if relation == "both" else "-", slots["c"])
+
+
+def generate(rng: Random, level: int) -> tuple[StoryProblem, list[str]]:
+    """A problem that takes `level` steps and one of its solutions, line by line."""
+    while True:
+        built = _build(rng, level)
+        if built is not None:
+            return built
+
+
+def _build(rng: Random, level: int) -> tuple[StoryProblem, list[str]] | None:
+    num_asked = rng.choice((1, 2, 3)) if level >= 3 else 1
+    num_derived = level - (num_asked - 1)
+    names = rng.sample(NAMES, len(NAMES))
+    item = rng.choice(ITEMS)
+    quantities: dict[str, Quantity] = {}
+    values: dict[str, int] = {}
+    sentences: list[str] = []
+    unused: list[str] = []  # people nobody's number was computed from yet
+
+    def tell(relation: str, **slots: int | str) -> None:
+        sentences.append(rng.choice(_TEMPLATES[relation]).format(item=slots.pop("item", item), **slots))
+
+    def give(kind: str = item) -> str:
+        name, number = names.pop(), rng.randint(3, 60)
+        quantities[name], values[name] = Quantity(kind, number), number
+        tell("given", b=name, n=number, item=kind)
+        return name
+
+    def pick() -> str:
+        if not unused or rng.random() < 0.15:
+            return give()
+        name = unused.pop() if rng.random() < 0.6 else unused.pop(rng.randrange(len(unused)))
+        return name
+
+    def derive(source: str | None) -> str | None:
+        name = names.pop()
+        kind = rng.choices(
+            ("boxes", "more", "fewer", "times", "share", "both", "gap"), (2, 4, 4, 4, 3, 3, 1)
+        )[0]
+        if kind == "boxes" and source is None:
+            n, m = rng.randint(2, 12), rng.randint(3, 30)
+            quantity = Quantity(item, n, "*", m)
+            slots: dict[str, int | str] = {"n": n, "m": m}
+        else:
+            a = source or pick()
+            if kind in ("both", "gap"):
+                c = pick() if source is None else rng.choice(list(quantities))
+                if c == a:
+                    return None
+                if kind == "gap" and values[a] < values[c]:
+                    a, c = c, a
+                quantity, slots = Quantity(item, a, "+" if kind == "both" else "-", c), {"a": a, "c": c}
+            elif kind == "share":
+                word, n = rng.choice([pair for pair in SHARES.items() if values[a] % pair[1] == 0] or [("", 0)])
+                if not n:
+                    return None
+                quantity, slots = Quantity(item, a, "/", n), {"a": a, "share": word}
+            elif kind == "times" or kind == "boxes":
+                kind, n = "times", rng.randint(2, 9)
+                quantity, slots = Quantity(item, a, "*", n), {"a": a, "n": n}
+            else:
+                n = rng.randint(2, 99)
+                quantity, slots = Quantity(item, a, "+" if kind == "more" else "-", n), {"a": a, "n": n}
+        sides = [values[side] if isinstance(side, str) else side for side in (quantity.left, quantity.right)]
+        value = calculate(sides[0], quantity.op, sides[1])
+        if not 2 <= value <= MAX_VALUE:
+            return None
+        quantities[name], values[name] = quantity, value
+        tell(kind, b=name, **slots)
+        return name
+
+    for _ in range(num_derived):
+        name = derive(None)
+        if name is None or len(names) < 5:
+            return None
+        unused.append(name)
+    while len(unused) < num_asked and rng.random() < 0.5:
+        unused.append(give())
+    if len(unused) != num_asked:
+        return None
+    asked = tuple(rng.sample(unused, len(unused)))
+    if sum(values[person] for person in asked) > MAX_VALUE:
+        return None
+    for _ in range(rng.choice((0, 1, 1, 2))):  # distractors: another item, or a person nobody asks about
+        if rng.random() < 0.5:
+            give(rng.choice([other for other in ITEMS if other != item]))
+        else:
+            derive(rng.choice([name for name in quantities if quantities[name].item == item]))
+    order = sorted(range(len(sentences)), key=lambda i: i + rng.uniform(0, 3))
+    if num_asked == 1:
+        question = _QUESTION_ONE.format(item=item, b=asked[0])
+    else:
+        people = f"{', '.join(asked[:-1])} and {asked[-1]}"
+        question = _QUESTION_MANY.format(item=item, people=people)
+    text = " ".join([*(sentences[i] for i in order), question])
+    problem = StoryProblem(text, item, quantities, asked)
+    return problem, solve(rng, problem)
+
+
+def needed(problem: StoryProblem) -> list[str]:
+    """The people whose numbers must be computed to answer, in no particular order."""
+    out: list[str] = []
+    stack = list(problem.asked)
+    while stack:
+        name = stack.pop()
+        quantity = problem.quantities[name]
+        if quantity.op and name not in out:
+            out.append(name)
+            stack += [side for side in (quantity.left, quantity.right) if isinstance(side, str)]
+    return out
+
+
+def solve(rng: Random, problem: StoryProblem) -> list[str]:
+    """One solution of the problem: a random order that works, biased to the order of the text."""
+    values = problem.values()
+    position = {name: problem.text.find(name) + rng.uniform(0, 80) for name in problem.quantities}
+    todo, done, lines = needed(problem), {n for n, q in problem.quantities.items() if not q.op}, []
+    while todo:
+        ready = [
+            name
+            for name in todo
+            if all(
+                side in done
+                for side in (problem.quantities[name].left, problem.quantities[name].right)
+                if isinstance(side, str)
+            )
+        ]
+        name = min(ready, key=position.__getitem__)
+        quantity = problem.quantities[name]
+        left, right = (values[s] if isinstance(s, str) else s for s in (quantity.left, quantity.right))
+        lines.append(f"{name} has {left}{quantity.op}{right}={values[name]}")
+        done.add(name)
+        todo.remove(name)
+    total = values[problem.asked[0]]
+    for person in problem.asked[1:]:
+        lines.append(f"total {total}+{values[person]}={total + values[person]}")
+        total += values[person]
+    lines[-1] += f". Answer: {total}"
+    return lines
+
+
+def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
+    """Per line: is everything up to and including it right? Right but needless lines are right."""
+    values = problem.values()
+    known = {name for name, quantity in problem.quantities.items() if not quantity.op}
+    totalled, valid, out = 1, True, []
+    for line in lines:
+        match = _STEP.fullmatch(line.strip())
+        if valid and match is not None:
+            name, op = match[1], match[3]
+            left, right, result = int(match[2]), int(match[4]), int(match[5])
+            valid = calculate(left, op, right) == result
+            if name is None:
+                valid = valid and totalled < len(problem.asked) and op == "+"
+                if valid:
+                    people = problem.asked[: totalled + 1]
+                    so_far = sum(values[person] for person in people[:-1])
+                    valid = set(people) <= known and sorted((left, right)) == sorted((so_far, values[people[-1]]))
+                    totalled += 1
+            else:
+                valid = valid and _defines(problem, known, values, name, left, op, right)
+                known.add(name)
+            if match[6] is not None:
+                last = totalled == len(problem.asked) and (name is None or (name,) == problem.asked)
+                valid = valid and last and int(match[6]) == result
+        else:
+            valid = False
+        out.append(valid)
+    return out
+
+
+def _defines(
+    problem: StoryProblem, known: set[str], values: Mapping[str, int], name: str, left: int, op: str, right: int
+) -> bool:
+    quantity = problem.quantities.get(name)
+    if quantity is None or not quantity.op or quantity.op != op or name in known:
+        return False
+    sides = (quantity.left, quantity.right)
+    if any(isinstance(side, str) and side not in known for side in sides):
+        return False
+    expected = tuple(values[side] if isinstance(side, str) else side for side in sides)
+    return (left, right) == expected or (op in "+*" and (right, left) == expected)
+
+
+def answer(lines: Sequence[str]) -> str | None:
+    """The number after "Answer:" in the last line, or None."""
+    match = re.search(r"Answer: (\d+)$", lines[-1].strip()) if lines else None
+    return match[1] if match else None
+
+
+def is_solved(problem: StoryProblem, lines: Sequence[str]) -> bool:
+    """Whether every line is right and the last one answers."""
+    return bool(lines) and all(check_steps(problem, lines)) and answer(lines) == str(problem.answer())
+
+
+def corrupt(rng: Random, problem: StoryProblem, lines: Sequence[str]) -> list[str]:
+    """Break one random line, the later lines following from the broken number.
+
+    Kinds: a wrong result, a wrong operand, a wrong operation, another person's line, an answer too early.
+    """
+    at = rng.randrange(len(lines))
+    match = _STEP.fullmatch(lines[at])
+    assert match is not None, "corrupt() takes legible solutions"
+    name, op = match[1], match[3]
+    left, right, result = int(match[2]), int(match[4]), int(match[5])
+    wrong = result
+    kind = rng.choice(("result", "result", "result", "operand", "op", "name"))
+    if kind == "result":
+        wrong = slip(rng, result)
+    elif kind == "operand":
+        others = [value for value in problem.values().values() if value not in (left, right)]
+        other = rng.choice(others) if others and rng.random() < 0.7 else slip(rng, left)
+        left, right = (other, right) if rng.random() < 0.5 else (left, other)
+        wrong = calculate(left, op, right)
+    elif kind == "op":
+        op = rng.choice([other for other in "+-*/" if other != op])
+        wrong = calculate(left, op, right)
+    elif name is not None:
+        name = rng.choice([other for other in problem.quantities if other != name] or [name])
+    if not 0 < wrong <= 9999:
+        wrong = slip(rng, result)
+    head = "total" if name is None else f"{name} has"
+    line = f"{head} {left}{op}{right}={wrong}" + (f". Answer: {wrong}" if match[6] else "")
+    if not match[6] and rng.random() < 0.05:
+        return [*lines[:at], f"{lines[at]}. Answer: {result}"]
+    out = [*lines[:at], line]
+    swap = re.compile(rf"(?<!\d){result}(?!\d)")
+    for later in lines[at + 1 :]:
+        head, _, rest = later.partition("=")
+        changed = swap.sub(str(wrong), head)
+        parts = re.search(r"(\d+)([-+*/])(\d+)$", changed)
+        assert parts is not None
+        value = calculate(int(parts[1]), parts[2], int(parts[3]))
+        value = value if 0 < value <= 9999 else slip(rng, value if value > 0 else 7)
+        out.append(f"{changed}={value}" + (f". Answer: {value}" if "Answer" in rest else ""))
+        if changed != head:
+            result_text = re.match(r"\d+", rest)
+            assert result_text is not None
+            swap = re.compile(rf"(?<!\d){result_text[0]}(?!\d)")
+            wrong = value
+    return out

@@ -1,0 +1,108 @@
+"""What goes into the decoder and comes out of it: leaves, branches to decode, decoded steps, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from ets_engine.runtime.sampler import SamplingParams
+from ets_engine.runtime.stops import StopRules
+from ets_engine.types import StopReason
+
+
+@dataclass(slots=True, eq=False)
+class Leaf:
+    """The open end of a path; the decoder alone changes it, its holder gives it back with `StepDecoder.release`.
+
+    Attributes:
+        handle: Its KV node.
+        search: Whose it is.
+        pending: Tokens at the end of the path whose K/V is not computed yet.
+        hidden: Last hidden state of the path, None while tokens are pending. Shape [hidden].
+        recent: Last few tokens of the path, for decoding what follows.
+        path_tokens: Tokens of the path, pending ones included (count).
+    """
+
+    handle: int
+    search: Hashable
+    pending: tuple[int, ...]
+    recent: tuple[int, ...]
+    path_tokens: int
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """A step to be decoded below a leaf.
+
+    Attributes:
+        parent: Where it goes on from.
+        node: The step's id in its search tree; with `seed` it decides the step's random numbers.
+        seed: Of the search.
+        sampling: How tokens are drawn.
+        stops: When the step ends.
+        max_tokens: Tokens left to the trajectory; the step ends with LENGTH when they or the context run out.
+    """
+
+    parent: Leaf
+    node: int
+    seed: int
+    sampling: SamplingParams
+    stops: StopRules
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FinishedBranch:
+    """A decoded step.
+
+    Attributes:
+        branch: As submitted.
+        leaf: The new end of the path; the receiver releases it.
+        token_ids: Of the step, without an end-of-text token.
+        text: What they add to the path's text.
+        stop: BOUNDARY, FINISHED or LENGTH.
+        hidden_mean: Mean of the last hidden states at the step's tokens that were read (all but the last; of a
+            single-token step, the state it was sampled from). Shape [hidden], float32.
+        logprob: Sum of the tokens' log-probabilities under the model, an end-of-text token's included.
+    """
+
+    branch: Branch
+    leaf: Leaf
+    token_ids: tuple[int, ...]
+    text: str
+    stop: StopReason
+    hidden_mean: NDArray[np.float32]
+    logprob: float
+
+
+@dataclass(slots=True)
+class DecodeUsage:
+    """What one search cost so far; work shared with other searches is split by rows.
+
+    Attributes:
+        decode_steps: Forward passes that extended a branch of it by a token.
+        generated_tokens: Tokens sampled, end-of-text tokens included.
+        prompt_tokens: Tokens of its prompts.
+        peak_tokens: Most KV tokens resident at any decode step or prefill.
+        resident_token_steps: Resident KV tokens summed over decode steps.
+        busy_s: Seconds in forward passes and sampling.
+        bytes_moved: Weights plus distinct KV read (bytes).
+    """
+
+    decode_steps: int = 0
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    peak_tokens: int = 0
+    resident_token_steps: int = 0
+    busy_s: float = 0.0
+    bytes_moved: int = 0
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean KV tokens resident over decode steps."""
+        return self.resident_token_steps / self.decode_steps if self.decode_steps else 0.0

@@ -1,0 +1,270 @@
+"""Decodes the live branches of any number of searches together, one token each per forward pass.
+
+A step's last token is *pending*: it is sampled, but its K/V is computed only when the step gets children. Then each
+distinct parent reads it once, keeps its last hidden state, and all its children fork from there; pruned leaves never
+pay for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+import time
+
+import numpy as np
+import torch
+
+from ets_engine.errors import ContextLengthError
+from ets_engine.runtime.branches import Branch, DecodeUsage, FinishedBranch, Leaf
+from ets_engine.runtime.runner import Runner
+from ets_engine.runtime.sampler import sample, uniforms
+from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
+from ets_engine.types import StopReason
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    branch: Branch
+    handle: int
+    state: int  # its row in the decoder's hidden states
+    tokens: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+
+
+class StepDecoder:
+    """Continuous batching of steps over one runner; not thread-safe.
+
+    Args:
+        runner: The policy's.
+        tokenizer: The policy's; only decodes.
+
+    Example:
+        decoder = StepDecoder(runner, tokenizer)
+        prompt = decoder.start(tokenizer.encode("1+1="), search="a")
+        decoder.submit([Branch(prompt, node, seed=0, sampling=SamplingParams(), stops=StopRules(), max_tokens=64)
+                        for node in (1, 2)])
+        steps = decoder.run()
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Detokenizer) -> None:
+        self.runner = runner
+        self._stops = StopFinder(tokenizer)
+        self._waiting: list[Branch] = []
+        self._live: list[_Live] = []
+        self._states = torch.empty((0, runner.hidden_size), dtype=runner.dtype, device=runner.device)  # [B, hidden]
+        self._sums = torch.empty((0, runner.hidden_size), device=runner.device)  # of states read, per live branch
+        self._usage: dict[Hashable, DecodeUsage] = {}
+
+    # ------------------------------------------------------------------ leaves
+
+    def start(self, prompt_ids: Sequence[int], search: Hashable, below: Leaf | None = None) -> Leaf:
+        """A leaf that holds a prompt; it is read when it is opened or gets its first child.
+
+        Args:
+            prompt_ids: At least one token.
+            search: Names whose KV it is.
+            below: Shared beginning (system prompt, demonstrations) that `prompt_ids` follow; it is opened.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for a token.
+        """
+        total = len(prompt_ids) + (below.path_tokens if below else 0)
+        if not prompt_ids or total >= self.runner.context_tokens:
+            raise ContextLengthError(
+                f"a prompt of {total} tokens does not fit a context of {self.runner.context_tokens} tokens with room "
+                "to answer; give 1 to context - 1 tokens"
+            )
+        tree = self.runner.tree
+        if below is None:
+            handle = tree.root(owner=search)
+        else:
+            self.open([below])
+            handle = tree.fork(below.handle, owner=search)
+        self.usage(search).prompt_tokens += len(prompt_ids)
+        ids = tuple(prompt_ids)
+        return Leaf(handle, search, pending=ids, recent=ids[-CONTEXT_TOKENS:], path_tokens=total)
+
+    def open(self, leaves: Sequence[Leaf]) -> None:
+        """Read the pending tokens of some leaves in one batch, so that children can fork from them.
+
+        Raises:
+            PoolExhaustedError: the KV pool is full; nothing has changed.
+        """
+        unread = list({id(leaf): leaf for leaf in leaves if leaf.hidden is None}.values())
+        if not unread:
+            return
+        started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
+        hidden = self.runner.extend_last([(leaf.handle, leaf.pending) for leaf in unread])
+        for leaf, state in zip(unread, hidden, strict=True):
+            leaf.hidden, leaf.pending = state, ()
+        searches = [leaf.search for leaf in unread]
+        self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
+        for search in set(searches):
+            self._sample_residency(search)
+
+    def release(self, leaf: Leaf) -> None:
+        """Give up a leaf; KV that nothing else needs is free at once."""
+        self.runner.tree.release(leaf.handle)
+
+    # ------------------------------------------------------------------ decoding
+
+    @property
+    def num_branches(self) -> int:
+        """Branches waiting or live (count)."""
+        return len(self._waiting) + len(self._live)
+
+    def submit(self, branches: Sequence[Branch]) -> None:
+        """Queue steps; they join the next decode step. Hold their parents until then; afterwards their KV lives on."""
+        self._waiting += branches
+
+    def cancel(self, search: Hashable) -> None:
+        """Forget every waiting and live branch of a search and free their KV; finished leaves stay the caller's."""
+        self._waiting = [branch for branch in self._waiting if branch.parent.search != search]
+        keep = [row for row, live in enumerate(self._live) if live.branch.parent.search != search]
+        for live in self._live:
+            if live.branch.parent.search == search:
+                self.runner.tree.release(live.handle)
+        self._keep(keep)
+
+    def run(self) -> list[FinishedBranch]:
+        """Decode until nothing is waiting or live; finished steps in the order in which they were submitted."""
+        order = {id(branch): i for i, branch in enumerate([*(live.branch for live in self._live), *self._waiting])}
+        finished: list[FinishedBranch] = []
+        while self.num_branches:
+            finished += self.step()
+        return sorted(finished, key=lambda one: order[id(one.branch)])
+
+    @torch.inference_mode()
+    def step(self) -> list[FinishedBranch]:
+        """One token for every branch: sample, stop those that are done, feed the others.
+
+        Returns:
+            Branches whose step ended, in no order that matters.
+
+        Raises:
+            PoolExhaustedError: the KV pool is full. Every branch is as before: release leaves or `cancel` a search,
+                and step again.
+        """
+        finished = self._admit()
+        if not self._live:
+            return finished
+        started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
+        live = self._live
+        tokens, logprobs = self._draw()
+        reasons = [
+            self._stops.reason(
+                one.branch.stops, one.branch.parent.recent, [*one.tokens, token], self._tokens_left(one.branch)
+            )
+            for one, token in zip(live, tokens, strict=True)
+        ]
+        going = [row for row, reason in enumerate(reasons) if reason is None]
+        hidden = None
+        if going:
+            hidden = self.runner.extend_last([(live[row].handle, [tokens[row]]) for row in going])
+        # nothing below can fail: commit
+        for one, token, logprob in zip(live, tokens, logprobs, strict=True):
+            one.tokens.append(token)
+            one.logprob += logprob
+            self.usage(one.branch.parent.search).generated_tokens += 1
+        searches = [one.branch.parent.search for one in live]
+        self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
+        for search in {searches[row] for row in going}:
+            usage = self.usage(search)
+            usage.decode_steps += 1
+            usage.resident_token_steps += self._sample_residency(search)
+        finished += [self._finish(row, reason) for row, reason in enumerate(reasons) if reason is not None]
+        self._keep(going)
+        if hidden is not None:
+            self._states = hidden
+            self._sums += hidden
+        return finished
+
+    def _admit(self) -> list[FinishedBranch]:
+        """Open the waiting branches' parents, fork, and put the children among the live ones."""
+        if not self._waiting:
+            return []
+        joining = [branch for branch in self._waiting if self._tokens_left(branch) > 0]
+        no_room = [branch for branch in self._waiting if self._tokens_left(branch) <= 0]
+        parents = list({id(branch.parent): branch.parent for branch in joining}.values())
+        self.open(parents)
+        state_of = {id(parent): row for row, parent in enumerate(parents, start=len(self._states))}
+        tree = self.runner.tree
+        self._live += [_Live(one, tree.fork(one.parent.handle), state_of[id(one.parent)]) for one in joining]
+        self._states = torch.cat([self._states, *(parent.hidden[None] for parent in parents)])
+        self._sums = torch.cat([self._sums, self._sums.new_zeros((len(joining), self._sums.shape[1]))])
+        self._waiting = []
+        return [self._without_room(branch) for branch in no_room]
+
+    def _tokens_left(self, branch: Branch) -> int:
+        return min(branch.max_tokens, self.runner.context_tokens - branch.parent.path_tokens)
+
+    def _draw(self) -> tuple[list[int], list[float]]:
+        """The next token of every live branch and its log-probability; repeating it gives the same tokens."""
+        live = self._live
+        logits = self.runner.logits(self._states)
+        rows = [one.state for one in live]
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
+        draws = uniforms(
+            [one.branch.seed for one in live],
+            [one.branch.node for one in live],
+            [one.branch.parent.path_tokens + len(one.tokens) for one in live],
+        )
+        tokens, logprobs = sample(logits, [one.branch.sampling for one in live], draws)
+        return tokens.tolist(), logprobs.tolist()
+
+    def _finish(self, row: int, reason: StopReason) -> FinishedBranch:
+        one = self._live[row]
+        ended = reason is StopReason.FINISHED
+        tokens = tuple(one.tokens[:-1] if ended else one.tokens)
+        read = len(one.tokens) - 1
+        mean = self._sums[row] / read if read else self._states[one.state]
+        parent = one.branch.parent
+        leaf = Leaf(
+            handle=one.handle,
+            search=parent.search,
+            pending=() if ended else tokens[-1:],
+            recent=(*parent.recent, *tokens)[-CONTEXT_TOKENS:],
+            path_tokens=parent.path_tokens + len(tokens),
+            hidden=self._states[one.state].clone() if ended else None,
+        )
+        text = self._stops.text(parent.recent, tokens)
+        return FinishedBranch(one.branch, leaf, tokens, text, reason, mean.float().cpu().numpy(), one.logprob)
+
+    def _without_room(self, branch: Branch) -> FinishedBranch:
+        parent = branch.parent
+        handle = self.runner.tree.root(owner=parent.search)  # a fork would keep an unread parent from being read later
+        leaf = Leaf(handle, parent.search, pending=(), recent=parent.recent, path_tokens=parent.path_tokens)
+        empty = np.zeros(self.runner.hidden_size, dtype=np.float32)
+        return FinishedBranch(branch, leaf, (), "", StopReason.LENGTH, empty, 0.0)
+
+    def _keep(self, rows: list[int]) -> None:
+        """Keep only these live branches, each with a hidden state of its own."""
+        self._states = self._states[[self._live[row].state for row in rows]]
+        self._sums = self._sums[rows]
+        self._live = [self._live[row] for row in rows]
+        for state, one in enumerate(self._live):
+            one.state = state
+
+    # ------------------------------------------------------------------ accounting
+
+    def usage(self, search: Hashable) -> DecodeUsage:
+        """What a search cost so far; the same object until `forget`."""
+        return self._usage.setdefault(search, DecodeUsage())
+
+    def forget(self, search: Hashable) -> None:
+        """Drop a search's usage once it has been read."""
+        self._usage.pop(search, None)
+
+    def _charge(self, searches: Sequence[Hashable], seconds: float, moved_bytes: int) -> None:
+        for search in set(searches):
+            usage = self.usage(search)
+            share = searches.count(search) / len(searches)
+            usage.busy_s += seconds * share
+            usage.bytes_moved += round(moved_bytes * share)
+
+    def _sample_residency(self, search: Hashable) -> int:
+        resident = self.runner.tree.resident_tokens_of(search)
+        usage = self.usage(search)
+        usage.peak_tokens = max(usage.peak_tokens, resident)
+        return resident

@@ -1,0 +1,273 @@
+"""The one primitive: `extend` tree nodes of a transformers model by tokens, giving hidden states; it knows no text.
+
+Policy and verifier are the same thing here: a decoder-only base model over a KV tree, and a head on its hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from ets_engine.config import EngineConfig
+from ets_engine.errors import ContextLengthError, UnsupportedModelError
+from ets_engine.kv import KVPool, LayoutBuilder, PrefixTree, Row
+from ets_engine.runtime.batching import Chunk, plan_forwards
+from ets_engine.runtime.hook import TreeForward
+from ets_engine.runtime.linear import speed_up_linears
+from ets_engine.runtime.support import (
+    check_config,
+    check_outputs,
+    context_tokens,
+    probe_shapes,
+    text_config,
+    use_tree_attention,
+)
+
+Rows = Sequence[tuple[int, Sequence[int]]]
+
+
+@dataclass(slots=True)
+class RunnerStats:
+    """What a runner has done so far.
+
+    Attributes:
+        forwards: Forward passes (count).
+        tokens: Tokens fed (count).
+        busy_s: Seconds in forward passes and heads.
+        bytes_moved: Weights plus distinct KV read, summed over forward passes (bytes).
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    bytes_moved: int = 0
+
+
+class Runner:
+    """A transformers decoder over a KV tree.
+
+    Args:
+        model: As `AutoModelForCausalLM` or `AutoModelForTokenClassification` loads it; switched to tree attention and
+            to evaluation for good.
+        config: Pages, pool limit and prefill chunk; device and dtype are the model's own.
+        verify: Compare tree attention with the model's own on a few tokens at load. Only skip it for a checkpoint
+            that passed before.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be honoured, with the reason.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...                    num_attention_heads=2, num_key_value_heads=1)
+        >>> runner = Runner(LlamaForCausalLM(tiny))
+        >>> prompt = runner.tree.root()
+        >>> runner.extend([(prompt, [3, 1, 4])]).shape
+        torch.Size([3, 16])
+        >>> left, right = runner.tree.fork(prompt), runner.tree.fork(prompt)
+        >>> runner.logits(runner.extend_last([(left, [1]), (right, [5, 9])])).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, model: PreTrainedModel, config: EngineConfig | None = None, *, verify: bool = True) -> None:
+        self.config = config or EngineConfig()
+        check_config(model.config)
+        use_tree_attention(model)
+        self.model = model.eval()
+        self._base: PreTrainedModel = model.base_model
+        self._head = _head(model)
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self.hidden_size = text_config(model).hidden_size
+        self.context_tokens = context_tokens(model.config)
+        speed_up_linears(model)
+        pool = KVPool(
+            probe_shapes(self._base),
+            page_tokens=self.config.page_tokens,
+            max_tokens=self.config.kv_pool_tokens,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.tree = PrefixTree(pool)
+        bias_dtype = torch.promote_types(self.dtype, torch.float32)
+        self._layouts = LayoutBuilder(self.tree, device=self.device, bias_dtype=bias_dtype)
+        self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
+        self.stats = RunnerStats()
+        if verify:
+            check_outputs(model, self._probe)
+            self.tree.reset_peak()
+            self.stats = RunnerStats()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV of one token over all layers (bytes)."""
+        return self.tree.pool.bytes_per_token
+
+    # ------------------------------------------------------------------ the primitive
+
+    @torch.inference_mode()
+    def extend(self, rows: Rows) -> torch.Tensor:
+        """Append tokens to distinct held leaves and read them.
+
+        Args:
+            rows: (KV node, its new token ids), at least one token each.
+
+        Returns:
+            Last hidden states (after the final norm), rows packed in order. Shape [T, hidden].
+
+        Raises:
+            ValueError: no rows, a row without tokens, or a node named twice.
+            ContextLengthError: a path would outgrow the model's context; nothing has changed.
+            PoolExhaustedError: the KV pool is full; nothing has changed.
+        """
+        return self._extend(rows, last_only=False)
+
+    @torch.inference_mode()
+    def extend_last(self, rows: Rows) -> torch.Tensor:
+        """`extend`, but only each row's last hidden state. Shape [B, hidden]."""
+        return self._extend(rows, last_only=True)
+
+    def _extend(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
+        started_s = time.perf_counter()
+        stored = self._append(rows)
+        lengths = [len(tokens) for _, tokens in rows]
+        sizes = [1] * len(rows) if last_only else lengths
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        hidden: torch.Tensor | None = None
+        try:
+            forwards = plan_forwards(lengths, self.config.prefill_chunk_tokens)
+            for chunks in forwards:
+                states, last_index = self._forward(rows, stored, chunks)
+                if len(forwards) == 1:
+                    hidden = states[last_index] if last_only and len(states) > len(rows) else states
+                    continue
+                if hidden is None:
+                    hidden = states.new_empty((ends[-1], states.shape[1]))
+                if last_only:
+                    done = [i for i, chunk in enumerate(chunks) if chunk.stop == lengths[chunk.row]]
+                    if done:
+                        hidden[[chunks[i].row for i in done]] = states[last_index[done]]
+                else:
+                    first = 0
+                    for row, start, stop in chunks:
+                        begin = ends[row] - sizes[row]
+                        hidden[begin + start : begin + stop] = states[first : first + stop - start]
+                        first += stop - start
+        except BaseException:
+            self._rollback(rows, stored)
+            raise
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.stats.busy_s += time.perf_counter() - started_s
+        assert hidden is not None
+        return hidden
+
+    def _append(self, rows: Rows) -> list[int]:
+        """Make room for all new tokens or for none; the tokens each node had before (counts)."""
+        tree = self.tree
+        if not rows or len({handle for handle, _ in rows}) != len(rows) or not all(len(ids) for _, ids in rows):
+            raise ValueError(f"extend needs rows with distinct nodes and >= 1 token each, got {list(rows)!r:.200}")
+        stored = [tree.num_tokens(handle) for handle, _ in rows]
+        try:
+            for handle, tokens in rows:
+                if tree.path_tokens(handle) + len(tokens) > self.context_tokens:
+                    raise ContextLengthError(
+                        f"{tree.path_tokens(handle)} + {len(tokens)} tokens do not fit the model's context of "
+                        f"{self.context_tokens}; shorten the prompt or lower max_tokens"
+                    )
+                tree.append(handle, len(tokens))
+        except BaseException:
+            self._rollback(rows, stored)
+            raise
+        return stored
+
+    def _rollback(self, rows: Rows, stored: Sequence[int]) -> None:
+        for (handle, _), count in zip(rows, stored, strict=True):
+            if self.tree.num_tokens(handle) > count:
+                self.tree.truncate(handle, count)
+
+    def _forward(self, rows: Rows, stored: Sequence[int], chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+        layout = self._layouts.build([Row(rows[c.row][0], stored[c.row] + c.start, c.stop - c.start) for c in chunks])
+        ids = [token for c in chunks for token in rows[c.row][1][c.start : c.stop]]
+        forward = TreeForward(self.tree.pool, layout)
+        output = self._base(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=layout.position_ids[None],
+            use_cache=False,
+            ets_tree=forward,
+        )
+        if forward.calls != len(self.tree.pool.shapes):
+            raise UnsupportedModelError(
+                f"{forward.calls} of {len(self.tree.pool.shapes)} layers used tree attention: the attention of "
+                f"{type(self.model).__name__} was changed after Runner took it, perhaps through a config object that "
+                "another model shares; give each model its own config"
+            )
+        self.stats.forwards += 1
+        self.stats.tokens += len(ids)
+        self.stats.bytes_moved += self.weight_bytes + layout.distinct_tokens * self.bytes_per_token
+        return output.last_hidden_state[0], layout.last_index
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's head (language model or classifier) on hidden states. [..., hidden] -> [..., outputs].
+
+        Raises:
+            UnsupportedModelError: the model was loaded without a head.
+        """
+        if self._head is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has no output head; load it as a causal LM or a token classifier"
+            )
+        started_s = time.perf_counter()
+        logits = _scale_logits(self._head(hidden), text_config(self.model))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.stats.busy_s += time.perf_counter() - started_s
+        self.stats.bytes_moved += self.head_bytes
+        return logits
+
+    def _probe(self, prompt: list[int], branches: list[list[int]]) -> list[torch.Tensor]:
+        """Outputs of whole sequences, prompt shared, branches token by token: every path through the code."""
+        tree, bias_dtype = self.tree, torch.promote_types(self.dtype, torch.float32)
+        usual = self._layouts
+        self._layouts = LayoutBuilder(tree, device=self.device, bias_dtype=bias_dtype, min_saved_tokens=0)
+        root = tree.root()
+        shared = [self.extend([(root, prompt)])]
+        leaves = [tree.fork(root) for _ in branches]
+        steps = [self.extend([(leaf, [ids[i]]) for leaf, ids in zip(leaves, branches, strict=True)]) for i in range(2)]
+        for handle in (root, *leaves):
+            tree.release(handle)
+        self._layouts = usual
+        own = [torch.stack([step[i] for step in steps]) for i in range(len(branches))]
+        sequences = [torch.cat([*shared, part]) for part in own]
+        return [self.logits(sequence) if self._head is not None else sequence for sequence in sequences]
+
+
+def _head(model: PreTrainedModel) -> torch.nn.Module | None:
+    head = model.get_output_embeddings()
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None) if head is None else head
+    return head
+
+
+def _scale_logits(logits: torch.Tensor, config: object) -> torch.Tensor:
+    """The scalings that some models apply after their head; the check at load proves them."""
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _weight_bytes(base: PreTrainedModel, head: torch.nn.Module | None) -> tuple[int, int]:
+    """Bytes read per forward pass (all weights but the embedding table, a lookup) and per head call."""
+    table = base.get_input_embeddings()
+    skipped = {id(parameter) for parameter in table.parameters()} if table is not None else set()
+    body = sum(p.numel() * p.element_size() for p in base.parameters() if id(p) not in skipped)
+    return body, sum(p.numel() * p.element_size() for p in head.parameters()) if head is not None else 0

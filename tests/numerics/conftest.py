@@ -1,0 +1,88 @@
+"""Tiny random models of several architectures, and the unshared computation they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import copy
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+VOCABULARY = 61
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**COMMON, num_key_value_heads=4),
+    "llama_gqa_rope_scaled": LlamaConfig(
+        **COMMON,
+        num_key_value_heads=2,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "qwen2": Qwen2Config(**COMMON, num_key_value_heads=2, use_sliding_window=False, sliding_window=8),
+    "qwen3": Qwen3Config(**COMMON, num_key_value_heads=1, head_dim=16),
+    "mistral": MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=None, head_dim=8),
+}
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> torch.nn.Module:
+    """The same random model each time; initialised wide enough that its logits differ from token to token."""
+    torch.manual_seed(11)
+    config = copy.deepcopy(CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of tiny models only wait for each other, badly so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def model_name(request: pytest.FixtureRequest) -> str:
+    """Every architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A CUDA device; without one the test is skipped, or fails where ETS_REQUIRE_GPU=1."""
+    if not torch.cuda.is_available():
+        message = "no CUDA device"
+        if os.environ.get("ETS_REQUIRE_GPU") == "1":
+            pytest.fail(f"ETS_REQUIRE_GPU=1, but {message}")
+        pytest.skip(message)
+    return torch.device("cuda")
+
+
+@torch.inference_mode()
+def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """Logits of one unshared sequence by plain transformers. [T, V]."""
+    device = next(model.parameters()).device
+    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]

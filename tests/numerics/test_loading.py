@@ -1,0 +1,92 @@
+"""Models come from a folder with one call, and everything that can be wrong with the folder gives one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+import torch
+from transformers import LlamaForTokenClassification, PreTrainedTokenizerFast
+
+from ets_engine.config import EngineConfig
+from ets_engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from ets_engine.runtime import Runner, load_causal_lm, load_token_classifier
+from ets_engine.runtime.linear import WideningLinear, speed_up_linears
+
+from .conftest import CONFIGS, VOCABULARY, plain_logits, tiny_model
+
+
+def save_tokenizer(folder: Path) -> None:
+    vocabulary = {chr(60 + i): i for i in range(VOCABULARY)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "?"))).save_pretrained(folder)
+
+
+def test_load_and_run(tmp_path: Path) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model, tokenizer = load_causal_lm(str(tmp_path), EngineConfig(device="cpu"))
+    assert (model.dtype, tokenizer.decode([8])) == (torch.float32, "D")
+    runner = Runner(model)
+    logits = runner.logits(runner.extend([(runner.tree.root(), [4, 5, 6])]))
+    assert (logits - plain_logits(tiny_model("qwen2"), [4, 5, 6])).abs().max() < 1e-4
+
+
+def test_load_a_token_classifier_in_bfloat16(tmp_path: Path) -> None:
+    LlamaForTokenClassification(CONFIGS["llama"]).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model, _ = load_token_classifier(str(tmp_path), EngineConfig(device="cpu", dtype="bfloat16"))
+    assert model.dtype == torch.bfloat16
+    runner = Runner(model)
+    assert runner.bytes_per_token == 3 * 2 * 4 * 8 * 2
+    assert runner.logits(runner.extend([(runner.tree.root(), [4, 5, 6])])).shape == (3, 2)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no model at '/no/such/folder'"):
+        load_causal_lm("/no/such/folder")
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match="tokenizer"):
+        load_causal_lm(str(tmp_path))
+    save_tokenizer(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="safetensors"):
+        load_causal_lm(str(tmp_path))
+    torch.save({}, tmp_path / "pytorch_model.bin")  # pickles are never read
+    with pytest.raises(ModelLoadError, match="safetensors"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_unsupported_models_are_refused_before_their_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "state_size": 4}')
+    with pytest.raises(UnsupportedModelError, match="recurrent state"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_devices_are_checked(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="'quantum'"):
+        load_causal_lm(str(tmp_path), EngineConfig(device="quantum"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA"):
+            load_causal_lm(str(tmp_path), EngineConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 70])
+@pytest.mark.parametrize("bias", [False, True])
+def test_widened_linears_are_at_least_as_exact(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ets_engine.runtime.linear._BLOCK_WEIGHTS", 96 * 20)  # several blocks, the last one short
+    layer = torch.nn.Linear(96, 130, bias=bias, dtype=torch.bfloat16)
+    inputs = torch.randn(2, rows, 96, dtype=torch.bfloat16)[:1]
+    exact = torch.nn.functional.linear(inputs.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    plain = layer(inputs)
+    layer.__class__ = WideningLinear
+    with torch.inference_mode():
+        ours = layer(inputs)
+    assert ours.shape == plain.shape and ours.dtype == plain.dtype
+    assert (ours.double() - exact).abs().max() <= (plain.double() - exact).abs().max() * 1.01 + 1e-6
+
+
+def test_fast_linears_stay_as_they_are() -> None:
+    assert speed_up_linears(torch.nn.Sequential(torch.nn.Linear(4, 4))) == 0

@@ -1,0 +1,132 @@
+"""Every branch of a random tree has the logits that plain transformers computes on its unshared sequence."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from ets_engine.config import EngineConfig
+from ets_engine.errors import ContextLengthError, PoolExhaustedError
+from ets_engine.kv import LayoutBuilder
+from ets_engine.runtime import Runner
+
+from .conftest import CONFIGS, VOCABULARY, plain_logits, tiny_model
+
+MAX_ERROR = 1e-4
+
+
+def grow_and_compare(runner: Runner, model: torch.nn.Module, seed: int, rounds: int = 6) -> float:
+    """Grow a tree by ragged batches, prune at random, and return the largest error of any logit on the way."""
+    rng = random.Random(seed)
+    tree = runner.tree
+    root = tree.root()
+    sequences = {root: [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(5, 40))]}
+    batch = [(root, sequences[root])]
+    worst = 0.0
+    for round_number in range(rounds):
+        logits = runner.logits(runner.extend(batch))
+        first = 0
+        for handle, new in batch:
+            expected = plain_logits(model, sequences[handle])[-len(new) :]
+            worst = max(worst, float((logits[first : first + len(new)] - expected).abs().max()))
+            first += len(new)
+        assert first == len(logits)
+        tree.check_integrity()
+        leaves = [handle for handle, _ in batch]
+        if round_number % 3 == 2:  # go on decoding the same leaves, a token each
+            batch = [(leaf, [rng.randrange(3, VOCABULARY)]) for leaf in leaves]
+        else:
+            survivors = rng.sample(leaves, max(1, len(leaves) // 2))
+            children = [tree.fork(leaf) for leaf in survivors for _ in range(rng.randrange(1, 4))]
+            for child in children:
+                sequences[child] = list(sequences[tree.parent(child)])
+            for leaf in leaves:
+                tree.release(leaf)
+            batch = [(child, [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(1, 12))]) for child in children]
+        for handle, new in batch:
+            sequences[handle] = sequences[handle] + new
+    for handle, _ in batch:
+        tree.release(handle)
+    assert tree.resident_pages == 0
+    return worst
+
+
+@pytest.mark.parametrize("min_saved_tokens", [0, 256], ids=["segments", "tails"])
+def test_random_trees_match_unshared_sequences(model_name: str, min_saved_tokens: int) -> None:
+    runner = Runner(tiny_model(model_name), EngineConfig(page_tokens=4, prefill_chunk_tokens=16))
+    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=min_saved_tokens)
+    model = tiny_model(model_name)
+    for seed in range(2):
+        assert grow_and_compare(runner, model, seed) < MAX_ERROR
+
+
+def test_fp64_leaves_only_rounding() -> None:
+    """In fp64 (norms still run in fp32) a small systematic error cannot hide in the tolerance for fp32."""
+    runner = Runner(tiny_model("llama_gqa_rope_scaled", torch.float64), EngineConfig(page_tokens=4))
+    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=0, bias_dtype=torch.float64)
+    plain = tiny_model("llama_gqa_rope_scaled", torch.float64, attention="sdpa")  # eager has its softmax in fp32
+    assert grow_and_compare(runner, plain, seed=5) < 1e-6
+
+
+def test_a_prompt_in_chunks_equals_the_prompt_at_once() -> None:
+    model = tiny_model("qwen2")
+    ids = [3 + i * 7 % 50 for i in range(100)]
+    for chunk_tokens in (1, 7, 64, 100):
+        runner = Runner(tiny_model("qwen2"), EngineConfig(prefill_chunk_tokens=chunk_tokens))
+        hidden = runner.extend([(runner.tree.root(), ids)])
+        assert (runner.logits(hidden) - plain_logits(model, ids)).abs().max() < MAX_ERROR
+
+
+def test_extend_last_picks_each_rows_last_state() -> None:
+    first, second = Runner(tiny_model("llama")), Runner(tiny_model("llama"))
+    ids = [[5, 6, 7], [8], list(range(10, 50)), [9, 9]]
+    rows = [(first.tree.root(), row) for row in ids]
+    hidden = first.extend(rows)
+    ends = torch.tensor([len(row) for row in ids]).cumsum(0) - 1
+    last = second.extend_last([(second.tree.root(), row) for row in ids])
+    assert torch.allclose(hidden[ends], last, atol=1e-5)
+
+
+def test_a_full_pool_changes_nothing() -> None:
+    runner = Runner(tiny_model("llama"), EngineConfig(page_tokens=4, kv_pool_tokens=32))
+    model, tree = tiny_model("llama"), runner.tree
+    prompt = list(range(3, 19))
+    root = tree.root()
+    runner.extend([(root, prompt)])
+    leaves = [tree.fork(root) for _ in range(3)]
+    runner.extend([(leaf, [4]) for leaf in leaves])
+    with pytest.raises(PoolExhaustedError, match="kv_pool_tokens"):
+        runner.extend([(leaf, [5, 6, 7, 8]) for leaf in leaves])
+    tree.check_integrity()
+    assert [tree.num_tokens(leaf) for leaf in leaves] == [1, 1, 1]
+    tree.release(leaves.pop())
+    logits = runner.logits(runner.extend_last([(leaf, [5, 6, 7, 8]) for leaf in leaves]))
+    assert (logits - plain_logits(model, [*prompt, 4, 5, 6, 7, 8])[-1]).abs().max() < MAX_ERROR
+
+
+def test_a_path_beyond_the_context_is_refused_whole() -> None:
+    runner = Runner(tiny_model("llama"))
+    root = runner.tree.root()
+    limit = CONFIGS["llama"].max_position_embeddings
+    with pytest.raises(ContextLengthError, match=str(limit)):
+        runner.extend([(root, [5] * (limit + 1))])
+    assert runner.tree.resident_tokens == 0
+    runner.extend_last([(root, [5] * limit)])
+
+
+def test_bytes_moved_is_weights_and_distinct_kv() -> None:
+    runner = Runner(tiny_model("llama"))
+    tree, root = runner.tree, runner.tree.root()
+    runner.extend([(root, [5] * 40)])
+    leaves = [tree.fork(root) for _ in range(8)]
+    before = runner.stats.bytes_moved
+    runner.extend([(leaf, [6]) for leaf in leaves])
+    assert runner.stats.bytes_moved - before == runner.weight_bytes + (40 + 8) * runner.bytes_per_token
+
+
+def test_tree_logits_on_a_gpu(cuda: torch.device) -> None:
+    runner = Runner(tiny_model("qwen2").to(cuda), EngineConfig(page_tokens=4))
+    runner._layouts = LayoutBuilder(runner.tree, device=cuda, min_saved_tokens=0)
+    assert grow_and_compare(runner, tiny_model("qwen2").to(cuda), seed=1) < 10 * MAX_ERROR

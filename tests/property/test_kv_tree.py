@@ -1,0 +1,115 @@
+"""Any order of root, fork, append, truncate and release keeps the KV tree's books right."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+import pytest
+
+from ets_engine.errors import PoolExhaustedError
+from ets_engine.kv import KVPool, LayerShape, PrefixTree
+
+PAGE_TOKENS, MAX_TOKENS = 3, 60
+
+
+class KVTreeMachine(RuleBasedStateMachine):
+    """The tree against a model of itself: which tokens each node holds, whose it is, and who still wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pool = KVPool([LayerShape(1, 1)], page_tokens=PAGE_TOKENS, max_tokens=MAX_TOKENS, initial_tokens=6)
+        self.tree = PrefixTree(pool)
+        self.parent: dict[int, int] = {}
+        self.count: dict[int, int] = {}
+        self.held: set[int] = set()
+        self.peak = 0
+
+    def alive(self) -> set[int]:
+        alive = set()
+        for node in self.held:
+            while node >= 0 and node not in alive:
+                alive.add(node)
+                node = self.parent[node]
+        return alive
+
+    def leaves(self) -> list[int]:
+        parents = {self.parent[node] for node in self.alive()}
+        return sorted(self.held - parents)
+
+    @rule(owner=st.sampled_from(["a", "b"]))
+    def root(self, owner: str) -> None:
+        handle = self.tree.root(owner)
+        assert handle not in self.parent, "handles are never reused"
+        self.parent[handle], self.count[handle] = -1, 0
+        self.held.add(handle)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        parent = data.draw(st.sampled_from(sorted(self.held)))
+        handle = self.tree.fork(parent)
+        self.parent[handle], self.count[handle] = parent, 0
+        self.held.add(handle)
+
+    @precondition(lambda self: self.leaves())
+    @rule(data=st.data(), count=st.integers(0, 12))
+    def append(self, data: st.DataObject, count: int) -> None:
+        leaf = data.draw(st.sampled_from(self.leaves()))
+        before = self.tree.slots(leaf).tolist()
+        pages = sum(-(-self.count[node] // PAGE_TOKENS) for node in self.alive())
+        wanted = -(-(self.count[leaf] + count) // PAGE_TOKENS) - -(-self.count[leaf] // PAGE_TOKENS)
+        if pages + wanted > MAX_TOKENS // PAGE_TOKENS:
+            with pytest.raises(PoolExhaustedError, match=str(MAX_TOKENS)):
+                self.tree.append(leaf, count)
+            assert self.tree.slots(leaf).tolist() == before
+            return
+        slots = self.tree.append(leaf, count).tolist()
+        assert self.tree.slots(leaf).tolist() == before + slots
+        self.count[leaf] += count
+
+    @precondition(lambda self: set(self.parent.values()) & self.held)
+    @rule(data=st.data())
+    def append_to_a_shared_node_is_refused(self, data: st.DataObject) -> None:
+        shared = sorted(self.held - set(self.leaves()))
+        if shared:
+            with pytest.raises(ValueError, match="children"):
+                self.tree.append(data.draw(st.sampled_from(shared)), 1)
+
+    @precondition(lambda self: self.leaves())
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        leaf = data.draw(st.sampled_from(self.leaves()))
+        keep = data.draw(st.integers(0, self.count[leaf]))
+        self.tree.truncate(leaf, keep)
+        self.count[leaf] = keep
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        handle = data.draw(st.sampled_from(sorted(self.held)))
+        self.tree.release(handle)
+        self.held.remove(handle)
+        with pytest.raises(KeyError, match="released"):
+            self.tree.release(handle)
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.tree.check_integrity()
+        alive = self.alive()
+        assert {node for node in self.parent if node in self.tree} == alive
+        assert self.tree.resident_tokens == sum(self.count[node] for node in alive)
+        assert self.tree.resident_tokens == sum(self.tree.resident_tokens_of(owner) for owner in "ab")
+        assert self.tree.resident_pages == sum(-(-self.count[node] // PAGE_TOKENS) for node in alive)
+        self.peak = max(self.peak, self.tree.resident_tokens)
+        assert self.tree.peak_tokens == self.peak
+        owned = [slot for node in alive for slot in self.tree.slots(node).tolist()]
+        assert len(owned) == len(set(owned)), "two nodes share a slot"
+        for node in alive:
+            above = self.parent[node]
+            prefix = self.tree.path_tokens(above) if above >= 0 else 0
+            assert self.tree.path_tokens(node) == prefix + self.count[node]
+
+
+KVTreeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestKVTree = KVTreeMachine.TestCase

@@ -1,0 +1,132 @@
+"""Draws follow the distribution that the cuts leave, depend only on their key, and stop strings are found."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ets_engine.errors import ConfigError
+from ets_engine.runtime import SamplingParams, StopFinder, StopRules, sample, uniforms
+from ets_engine.types import StopReason
+
+
+def counts(logits: list[float], params: SamplingParams, draws: int = 20_000) -> np.ndarray:
+    """How often each token is drawn."""
+    grid = (np.arange(draws) + 0.5) / draws  # evenly spread numbers: no randomness in the test
+    tokens, _ = sample(torch.tensor([logits]).expand(draws, -1), [params] * draws, grid)
+    return np.bincount(tokens.numpy(), minlength=len(logits)) / draws
+
+
+LOGITS = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(), [0.1, 0.4, 0.2, 0.3]),
+        (SamplingParams(temperature=0.0), [0, 1, 0, 0]),
+        (SamplingParams(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        (SamplingParams(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (SamplingParams(top_p=0.7), [0, 4 / 7, 0, 3 / 7]),
+        (SamplingParams(top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (SamplingParams(top_p=1e-9), [0, 1, 0, 0]),
+        (SamplingParams(min_p=0.3), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (SamplingParams(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),
+    ],
+)
+def test_frequencies(params: SamplingParams, expected: list[float]) -> None:
+    assert counts(LOGITS, params) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_large_vocabulary_is_sampled_by_blocks_without_bias() -> None:
+    """1000 entries span four blocks of 256, the last one padded; each must get its share, the padding none."""
+    weights = np.arange(1, 1001, dtype=np.float64)
+    seen = counts(np.log(weights).tolist(), SamplingParams(), draws=20_000)
+    assert np.abs(seen - weights / weights.sum()).max() < 1.1e-4
+
+
+def test_extreme_draws_land_on_tokens_that_have_weight() -> None:
+    logits = torch.full((2, 600), -float("inf"))
+    logits[:, [3, 300]] = 0.0
+    tokens, logprobs = sample(logits, [SamplingParams()] * 2, np.array([2.0**-54, 1 - 2.0**-53]))
+    assert tokens.tolist() == [3, 300]
+    assert logprobs.tolist() == pytest.approx([math.log(0.5)] * 2)
+
+
+def test_rows_with_settings_of_their_own_do_not_touch_each_other() -> None:
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_k=1),
+        SamplingParams(temperature=2.0),
+    ]
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    draws = np.array([0.3, 0.3, 0.9, 0.6])
+    together = sample(logits, params, draws)
+    for row in range(4):
+        alone = sample(logits[row : row + 1], [params[row]], draws[row : row + 1])
+        assert alone[0].item() == together[0][row].item()
+        assert alone[1].item() == pytest.approx(together[1][row].item(), abs=1e-6)
+    assert together[0][1:3].tolist() == logits[1:3].argmax(-1).tolist()
+    assert torch.allclose(together[1], logits.log_softmax(-1).gather(1, together[0][:, None])[:, 0], atol=1e-5)
+
+
+def test_numbers_depend_on_seed_node_and_position_and_are_uniform() -> None:
+    grid = np.array([(seed, node, at) for seed in range(20) for node in range(50) for at in range(50)])
+    numbers = uniforms(*grid.T)
+    assert len(np.unique(numbers)) == len(grid)
+    assert numbers.min() > 0 and numbers.max() < 1
+    histogram = np.histogram(numbers, bins=50, range=(0, 1))[0]
+    # chi-square with 49 degrees of freedom: above 100 for one seed in 40,000; the numbers are fixed
+    assert ((histogram - 1000) ** 2 / 1000).sum() < 100
+    by_position = numbers.reshape(-1, 50)
+    assert abs(np.corrcoef(by_position[:, 0], by_position[:, 1])[0, 1]) < 0.1
+    assert uniforms([7, 7, 2**63 - 1], [1, 1, 0], [2, 2, 0])[0] == uniforms([7], [1], [2])[0]
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.5}])
+def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        SamplingParams(**bad)
+
+
+class Words:
+    """A tokenizer over a fixed list of pieces; the last one is special."""
+
+    pieces = ("Step", " one", "\n", ".\n\nThen", "x", "\n\n", "<eos>", "")
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(self.pieces[i] for i in token_ids if i != 6 or not skip_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([0, 1], None),
+        ([0, 2], None),
+        ([0, 2, 2], StopReason.BOUNDARY),  # the stop string straddles two tokens
+        ([0, 3], StopReason.BOUNDARY),  # and may lie inside one
+        ([0, 5], StopReason.BOUNDARY),
+        ([5], None),  # a blank line alone is no step
+        ([2, 2], None),
+        ([5, 4, 5], StopReason.BOUNDARY),
+        ([4, 6], StopReason.FINISHED),
+        ([4, 4, 4, 4], StopReason.BOUNDARY),  # max_step_tokens
+        ([4, 4, 4, 4, 4, 4], StopReason.LENGTH),  # max_tokens
+    ],
+)
+def test_where_steps_end(tokens: list[int], expected: StopReason | None) -> None:
+    rules = StopRules(strings=("\n\n",), eos_ids=frozenset([6]), max_step_tokens=4)
+    assert StopFinder(Words()).reason(rules, [0], tokens, tokens_left=6) is expected
+
+
+def test_text_is_what_the_tokens_add() -> None:
+    assert StopFinder(Words()).text([0], [1, 6]) == " one"
+    with pytest.raises(ConfigError, match="stop strings"):
+        StopRules(strings=("",))

@@ -1,0 +1,144 @@
+"""The pruning problem on trees small enough to solve by hand; random trees are in tests/property."""
+
+import numpy as np
+import pytest
+
+from ets_engine.search.knapsack import solve_knapsack
+from ets_engine.search.presolve import presolve
+from ets_engine.search.problem import KeepProblem
+from ets_engine.search.solver import drop_idle, solve, solve_greedy, solve_milp, solve_reduced, solve_tree
+
+# root -> n1 {c1, c2}, n3 {c3, c4}, n5 {c5}; clusters {c1..c4}, {c5}
+PARENTS = (-1, 0, 0, 0, 1, 1, 2, 2, 3)
+LEAVES = (4, 5, 6, 7, 8)
+REWARDS = (0.4, 0.0, 0.2, 0.2, 0.2)
+
+
+def five_leaves(lambda_b: float, lambda_d: float) -> KeepProblem:
+    return KeepProblem(PARENTS, LEAVES, REWARDS, (lambda_b / 9,) * 9, (0, 0, 0, 0, 1), lambda_d / 2)
+
+
+def names(kept) -> str:
+    return " ".join(f"c{leaf + 1}" for leaf in kept)
+
+
+@pytest.mark.parametrize(
+    ("lambda_b", "lambda_d", "kept"),
+    [
+        (0.0, 0.0, "c1 c3 c4 c5"),  # c2 is a tie, and a tie is not kept
+        (1.0, 0.0, "c1 c3 c4"),
+        (1.5, 0.0, "c1"),
+        (1.0, 1.0, "c1 c3 c4 c5"),
+        (1.5, 1.0, "c1 c5"),
+        (2.0, 1.0, "c1 c5"),
+        (3.0, 1.5, "c1 c5"),
+    ],
+)
+def test_hand_cases(lambda_b, lambda_d, kept):
+    problem = five_leaves(lambda_b, lambda_d)
+    assert names(solve(problem)) == kept
+    assert names(solve_milp(problem)) == kept
+    assert names(solve_reduced(problem)) == kept
+    if lambda_d == 0:
+        assert names(solve_tree(problem)) == kept
+
+
+def test_objective_of_a_hand_case():
+    # c1 and c5 at (1.5, 1): 0.4 + 0.2 - 1.5 * 5 / 9 + 1.0
+    assert five_leaves(1.5, 1.0).objective([0, 4]) == pytest.approx(0.6 - 7.5 / 9 + 1.0, abs=1e-12)
+
+
+def test_one_leaf_is_kept_even_when_every_leaf_loses():
+    problem = five_leaves(50.0, 0.0)
+    assert solve(problem) == solve_milp(problem) == solve_tree(problem) == (0,)
+    problem = five_leaves(50.0, 0.1)
+    assert solve(problem) == solve_milp(problem) == (0,)
+    assert solve_greedy(problem) == (0,)
+
+
+def test_the_least_evil_may_be_several_leaves():
+    # The branch costs 10 and each leaf below it gains 3: both together lose 4, one alone 7, the other branch's leaf 6.
+    problem = KeepProblem((-1, 0, 1, 1, 0, 4), (2, 3, 5), (3.0, 3.0, 0.0), (0.0, 10.0, 0.0, 0.0, 5.0, 1.0))
+    assert solve_tree(problem) == solve_milp(problem) == (0, 1)
+    sized = KeepProblem(problem.parents, problem.leaves, problem.rewards, problem.prices, sizes=(1,) * 6, capacity=4)
+    assert solve_knapsack(sized) == solve(sized) == (0, 1)
+    tight = KeepProblem(problem.parents, problem.leaves, problem.rewards, problem.prices, sizes=(1,) * 6, capacity=3)
+    assert solve_knapsack(tight) == solve(tight) == (2,)
+
+
+def test_root_only():
+    problem = KeepProblem((-1,), (0,), (1.0,), (5.0,), (0,), 1.0)
+    assert solve(problem) == solve_milp(problem) == solve_tree(problem) == solve_greedy(problem) == (0,)
+
+
+def test_greedy_can_be_wrong_and_is_only_the_fallback(monkeypatch):
+    monkeypatch.setattr("ets_engine.search.solver.solve_reduced", lambda problem: None)
+    monkeypatch.setattr("ets_engine.search.solver.solve_milp", lambda problem: None)
+    assert names(solve(five_leaves(1.5, 1.0))) == "c1 c5"
+
+
+def test_greedy_respects_count_and_capacity():
+    problem = KeepProblem((-1, 0, 0, 0), (1, 2, 3), (0.5, 0.4, 0.3), (0.0,) * 4, max_kept=2)
+    assert solve_greedy(problem) == (0, 1)
+    sized = KeepProblem((-1, 0, 0, 0), (1, 2, 3), (0.5, 0.4, 0.3), (0.0,) * 4, sizes=(1, 9, 2, 2), capacity=5)
+    assert solve_greedy(sized) == (1, 2)
+
+
+def test_highs_respects_the_count():
+    problem = KeepProblem(
+        (-1, 0, 0, 0), (1, 2, 3), (0.5, 0.4, 0.3), (0.0,) * 4, clusters=(0, 1, 2), cluster_worth=0.1, max_kept=2
+    )
+    assert solve(problem) == solve_milp(problem) == (0, 1)
+
+
+def test_highs_tells_small_differences():
+    # HiGHS stops at an absolute gap of 1e-6; without the scaling of the objective most of these come out wrong.
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        branches = np.sort(np.append(np.arange(1, 9), rng.integers(1, 9, 32)))  # [L] parent of each of 40 leaves
+        clusters = np.unique(rng.integers(0, 10, 40), return_inverse=True)[1]  # [L]
+        problem = KeepProblem(
+            parents=(-1, *(0,) * 8, *branches.tolist()),
+            leaves=tuple(range(9, 49)),
+            rewards=tuple((rng.integers(0, 3, 40) / 64 + 1e-7 * rng.random(40)).tolist()),
+            prices=tuple((rng.integers(0, 4, 49) / 64).tolist()),
+            clusters=tuple(clusters.tolist()),
+            cluster_worth=2 / 64,
+        )
+        best = problem.objective(solve_reduced(problem))
+        assert problem.objective(solve_milp(problem)) == pytest.approx(best, abs=1e-9)
+
+
+def test_capacity_by_hand():
+    problem = KeepProblem((-1, 0, 0, 0), (1, 2, 3), (0.6, 0.4, 0.3), (0.0,) * 4, sizes=(2, 9, 5, 4), capacity=11)
+    assert solve(problem) == solve_knapsack(problem) == solve_milp(problem) == (1, 2)  # 0.7 beats 0.6
+    with pytest.raises(ValueError, match="no leaf fits the capacity of 5"):
+        solve(KeepProblem((-1, 0, 0), (1, 2), (0.6, 0.4), (0.0,) * 3, sizes=(2, 9, 5), capacity=5))
+
+
+def test_coarse_units_never_exceed_the_capacity():
+    parents = (-1, *(0,) * 40)
+    sizes = (100, *range(100, 140))
+    problem = KeepProblem(parents, tuple(range(1, 41)), (0.1,) * 40, (0.0,) * 41, sizes=sizes, capacity=1500)
+    exact, coarse = solve_knapsack(problem), solve_knapsack(problem, max_cells=2000)
+    assert len(exact) == 13  # 100 + (100 + ... + 112) = 1478
+    assert problem.feasible(coarse)
+    assert len(coarse) >= 10
+
+
+def test_a_path_that_fits_only_in_exact_units_is_still_found():
+    problem = KeepProblem((-1, 0, 0), (1, 2), (0.5, 0.5), (0.0,) * 3, sizes=(7, 7, 99), capacity=14)
+    assert solve_knapsack(problem, max_cells=6) is None
+    assert solve(problem) == (0,)
+
+
+def test_presolve_leaves_a_rest_and_drops_the_hopeless():
+    # c5's cluster has one leaf left, so its worth joins the reward; c2 stands in a covered cluster and gains nothing.
+    reduced = presolve(five_leaves(1.5, 1.0))
+    assert (names(reduced.kept), reduced.rest) == ("c1 c5", None)
+
+
+def test_drop_idle_keeps_the_value():
+    problem = five_leaves(0.0, 0.0)
+    assert problem.objective(range(5)) == problem.objective(drop_idle(problem, range(5)))
+    assert names(drop_idle(problem, range(5))) == "c1 c3 c4 c5"
