@@ -1,0 +1,77 @@
+"""Efficient Tree Search (arXiv 2502.13575) over a tree-shaped KV cache.
+
+Every public name loads on first use, so importing this package is cheap and loads no model library:
+
+    >>> import ets_engine
+    >>> ets_engine.SearchConfig(strategy="rebase", width=4).width
+    4
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ets_engine.config import EngineConfig, SearchConfig
+    from ets_engine.errors import (
+        ConfigError,
+        ContextLengthError,
+        ETSError,
+        ModelLoadError,
+        PoolExhaustedError,
+        ProtocolError,
+        ReferenceDomainError,
+        UnsupportedModelError,
+    )
+    from ets_engine.service import ETSEngine
+    from ets_engine.types import SearchEvent, SearchResult
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConfigError": "errors",
+    "ContextLengthError": "errors",
+    "ETSEngine": "service",
+    "ETSError": "errors",
+    "EngineConfig": "config",
+    "ModelLoadError": "errors",
+    "PoolExhaustedError": "errors",
+    "ProtocolError": "errors",
+    "ReferenceDomainError": "errors",
+    "SearchConfig": "config",
+    "SearchEvent": "types",
+    "SearchResult": "types",
+    "UnsupportedModelError": "errors",
+}  # public name -> the module that defines it
+
+__all__ = [
+    "ConfigError",
+    "ContextLengthError",
+    "ETSEngine",
+    "ETSError",
+    "EngineConfig",
+    "ModelLoadError",
+    "PoolExhaustedError",
+    "ProtocolError",
+    "ReferenceDomainError",
+    "SearchConfig",
+    "SearchEvent",
+    "SearchResult",
+    "UnsupportedModelError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its home module and keep it, so that this runs once per name."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, loaded or not."""
+    return sorted({*globals(), *__all__})
