@@ -96,7 +96,7 @@ class KVStats(Value):
         unique_tokens: Tokens over all distinct nodes ever created.
         path_tokens: Sum over all leaves ever created of their whole path.
         published_tokens: The published cumulative metric: tokens on the union of root-to-candidate
-            paths, before pruning, summed over selections.
+            paths, before pruning, summed over selections; None for a verifier, the metric counts the policy's.
     """
 
     peak_tokens: int
@@ -104,7 +104,7 @@ class KVStats(Value):
     bytes_per_token: int
     unique_tokens: int
     path_tokens: int
-    published_tokens: int
+    published_tokens: int | None
 
     @property
     def sharing_ratio(self) -> float:
@@ -184,13 +184,14 @@ class SearchResult(Value):
 
     Attributes:
         problem: The problem as asked.
-        text: Text of the winning trajectory, "" when none finished.
+        text: Text of the winning trajectory; of the best path so far when none finished.
         answer: Extracted answer, None when no trajectory gave one.
         score: Trajectory score of the winner in [0, 1], 0.0 when none finished.
         steps: The winning trajectory, step by step.
         candidates: Distinct answers, best first, at most `n_candidates`.
-        finish_reason: "stop" with an answer, "length" when every branch ran out, "cancelled" when
-            the caller stopped it (the best so far is returned), "error" when every branch failed.
+        finish_reason: "stop" with an answer, "no_answer" when solutions finished and none gives a legible answer,
+            "length" when every branch ran out, "cancelled" when the caller stopped it (the best so far is returned),
+            "error" when every branch failed.
         prompt_tokens, generated_tokens, verifier_tokens: Tokens (count); generated over the whole tree.
         path_tokens: Tokens of the winning trajectory.
         trajectories: Finished trajectories with or without an answer (count).
@@ -207,7 +208,7 @@ class SearchResult(Value):
     score: float
     steps: tuple[ScoredStep, ...]
     candidates: tuple[Candidate, ...]
-    finish_reason: Literal["stop", "length", "cancelled", "error"]
+    finish_reason: Literal["stop", "no_answer", "length", "cancelled", "error"]
     prompt_tokens: int
     generated_tokens: int
     verifier_tokens: int

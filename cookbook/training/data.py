@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import torch
@@ -9,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ets_engine.reference.problems import ReferenceProblem, draw
+from ets_engine.reference.problems import FAMILIES, ReferenceProblem, draw, label_steps
 
 TRAIN_LEVELS = {"countdown": (4, 5, 6), "story": tuple(range(2, 11))}
 PIECES = Regex(r" ?[A-Za-z]+|\d|[^A-Za-z\d]")  # a word with its space, one digit, one other character
@@ -60,6 +61,17 @@ class Encoder:
         return [*prompt, *self("\n".join(lines)), self.eos], len(prompt)
 
 
+    def judged(self, problem: str, lines: list[str], labels: list[bool]) -> tuple[list[int], list[int]]:
+        """The PRM's ids, every line ended by a newline, and the label of each line at its newline (-100 elsewhere)."""
+        ids = [self.bos, *self(problem + "\n")]
+        marks = [-100] * len(ids)
+        for line, label in zip(lines, labels, strict=True):
+            step = self(line + "\n")
+            ids += step
+            marks += [-100] * (len(step) - 1) + [int(label)]
+        return ids, marks
+
+
 def pad(rows: list[list[int]], value: int, multiple: int = 16) -> Tensor:
     """Right-padded rows. Shape [B, T], T a multiple of `multiple`."""
     length = -(-max(map(len, rows)) // multiple) * multiple
@@ -76,3 +88,35 @@ def policy_batch(rng: Random, encode: Encoder, family: str, num_tokens: int) -> 
         rows.append(ids)
         targets.append([-100] * start + ids[start:])
     return pad(rows, encode.pad), pad(targets, -100)
+
+
+def corrupted(rng: Random, family: str) -> tuple[str, list[str], list[bool]]:
+    """A problem and a solution of it, broken at one step three times out of four, with exact step labels."""
+    module = FAMILIES[family]
+    problem, lines = draw(rng, family, rng.choice(module.LEVELS), held_out=False)
+    if rng.random() < 0.25:
+        return problem.problem, lines, [True] * len(lines)
+    lines = module.corrupt(rng, module.parse(problem.problem), lines)
+    return problem.problem, lines, label_steps(problem.problem, lines)
+
+
+def verifier_batch(
+    encode: Encoder, samples: Iterator[tuple[str, list[str], list[bool]]], num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """About `num_tokens` tokens of labelled solutions.
+
+    Returns:
+        Ids, step labels (-100 = not read) and next-token targets (-100 = no loss), which only the right lines have:
+        they keep the arithmetic that the policy's weights brought along. Each of shape [B, T].
+    """
+    drawn: list[tuple[list[int], list[int]]] = []
+    while not drawn or len(drawn) * max(len(ids) for ids, _ in drawn) < num_tokens:
+        drawn.append(encode.judged(*next(samples)))
+    targets: list[list[int]] = []
+    for ids, marks in drawn:
+        wrong = marks.index(0) if 0 in marks else len(marks)
+        right = max((i for i, mark in enumerate(marks[:wrong]) if mark == 1), default=-1)
+        start = len(ids) if right < 0 else ids.index(encode.newline) + 1
+        targets.append([-100] * start + ids[start : right + 1] + [-100] * (len(ids) - max(start, right + 1)))
+    rows, labels = [ids for ids, _ in drawn], [marks for _, marks in drawn]
+    return pad(rows, encode.pad), pad(labels, -100), pad(targets, -100)

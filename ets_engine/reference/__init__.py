@@ -7,17 +7,24 @@ from ets_engine.reference.problems import (
     family_of,
     generate_problems,
     is_held_out,
+    is_right_answer,
     is_solved,
     label_steps,
 )
+from ets_engine.reference.shipped import REFERENCE, check_domain, policy_path, prm_path
 
 __all__ = [
     "FAMILIES",
+    "REFERENCE",
     "ReferenceProblem",
+    "check_domain",
     "extract_answer",
     "family_of",
     "generate_problems",
     "is_held_out",
+    "is_right_answer",
     "is_solved",
     "label_steps",
+    "policy_path",
+    "prm_path",
 ]

@@ -9,6 +9,7 @@ A solution has one operation per line with what is left, the last line reaching 
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ MAX_GIVEN = 20
 MAX_VALUE = 400  # largest intermediate result the generator uses and the checker accepts
 TARGETS = (10, 100)
 
+_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _PROMPT = re.compile(r"Use ([\d, ]+) and (\d+) to make (\d+)\.")
 _STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)(?: left((?: \d+)+))?")
 
@@ -186,6 +188,33 @@ def compose(lines: Sequence[str]) -> str | None:
         expression = parts[0] + move.op + parts[1]
         made.setdefault(move.result, []).append(expression)
     return expression
+
+
+def is_right_expression(problem: CountdownProblem, expression: str) -> bool:
+    """Whether an expression uses each number exactly once, with legal operations only, and makes the target.
+
+    Example:
+        >>> is_right_expression(CountdownProblem((3, 4, 15, 17), 32), "(17*3)-(15+4)")
+        True
+    """
+    used: list[int] = []
+
+    def value(node: ast.expr) -> int | None:
+        match node:
+            case ast.Constant(value=int(number)):
+                used.append(number)
+                return number
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                sides = value(left), value(right)
+                return None if sides[0] is None or sides[1] is None else apply(sides[0], _OPERATORS[type(op)], sides[1])
+            case _:
+                return None
+
+    try:
+        result = value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    return result == problem.target and tuple(sorted(used)) == problem.numbers
 
 
 def corrupt(rng: Random, problem: CountdownProblem, lines: Sequence[str]) -> list[str]:

@@ -118,3 +118,16 @@ def label_steps(problem: str, lines: Sequence[str]) -> list[bool]:
     family = family_of(problem)
     parsed = FAMILIES[family].parse(problem)
     return countdown.label_steps(parsed, lines) if family == "countdown" else story.check_steps(parsed, lines)
+
+
+def is_right_answer(problem: str, answer: str) -> bool:
+    """Whether an answer alone is right: an expression that uses each number once and makes the target, or the number.
+
+    Example:
+        >>> is_right_answer("Use 3, 4, 15 and 17 to make 32.", "(17*3)-(15+4)")
+        True
+    """
+    family = family_of(problem)
+    if family == "countdown":
+        return countdown.is_right_expression(countdown.parse(problem), answer)
+    return answer.strip() == str(story.parse(problem).answer())

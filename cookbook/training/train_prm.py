@@ -1,0 +1,106 @@
+"""Train the reference PRM from the policy's weights, on corrupted solutions and on the policy's own rollouts; resumable.
+
+    python cookbook/training/train_prm.py --init runs/policy/step-2400 --steps 1500 --out runs/prm
+    python cookbook/training/train_prm.py --init runs/prm/final --rollouts runs/rollouts.jsonl --out runs/prm-rollouts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from data import Encoder, corrupted, verifier_batch
+from optim import make_optimizers, resume, save, set_lr, update
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+AFTERMATH_WEIGHT = 0.2  # of the steps that follow the first wrong one: nothing new is to be seen there
+LANGUAGE_WEIGHT = 0.2  # of predicting right steps, beside judging them
+
+Sample = tuple[str, list[str], list[bool]]
+
+
+def read_rollouts(path: Path) -> dict[str, list[Sample]]:
+    """Rollouts by family, as `make_rollouts.py` writes them."""
+    found: dict[str, list[Sample]] = {"countdown": [], "story": []}
+    with path.open() as lines:
+        for line in lines:
+            row = json.loads(line)
+            found[row["family"]].append((row["problem"], row["lines"], row["labels"]))
+    return found
+
+
+def draw_samples(rng: Random, family: str, rollouts: list[Sample]) -> Iterator[Sample]:
+    """Corrupted solutions, and rollouts three times out of four when there are any."""
+    while True:
+        yield rng.choice(rollouts) if rollouts and rng.random() < 0.75 else corrupted(rng, family)
+
+
+def step_weights(labels: torch.Tensor) -> torch.Tensor:
+    """1 up to and including the first wrong step of a row, `AFTERMATH_WEIGHT` after it. Shape of `labels`."""
+    wrong = (labels == 0).long()
+    after = wrong.cumsum(1) - wrong > 0
+    return torch.where(after, AFTERMATH_WEIGHT, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--init", type=Path, required=True, help="policy or PRM to start from")
+    parser.add_argument("--rollouts", type=Path, help="labelled rollouts of the policy")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--tokens", type=int, default=5120, help="tokens per family per step")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/prm"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.init)
+    encode = Encoder(tokenizer)
+    model = AutoModelForTokenClassification.from_pretrained(
+        args.init, num_labels=2, id2label={0: "wrong", 1: "right"}, label2id={"wrong": 0, "right": 1},
+        classifier_dropout=0.0, dtype=torch.float32,
+    ).to(args.device)  # fmt: skip
+    optimizers = make_optimizers(model, args.lr)
+    checkpoint = args.out / "checkpoint.pt"
+    start, seconds = resume(checkpoint, model, optimizers)
+    rollouts = read_rollouts(args.rollouts) if args.rollouts else {"countdown": [], "story": []}
+    body = torch.compile(model.model, dynamic=True)
+    embedding = model.get_input_embeddings().weight
+    began = time.time() - seconds
+    for step in range(start, args.steps):
+        set_lr(optimizers, args.lr, step, args.steps)
+        report: dict[str, float] = {}
+        for family in ("countdown", "story"):
+            samples = draw_samples(Random(f"prm/{args.seed}/{step}/{family}"), family, rollouts[family])
+            ids, labels, targets = (part.to(args.device) for part in verifier_batch(encode, samples, args.tokens))
+            told, read = targets[:, 1:] >= 0, labels >= 0
+            with torch.autocast(args.device, dtype=torch.bfloat16):
+                hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+                words = hidden[:, :-1][told] @ embedding.T
+            judged = model.score(hidden[read].float())
+            weights = step_weights(labels)[read]
+            loss = (F.cross_entropy(judged, labels[read], reduction="none") * weights).sum() / weights.sum()
+            language = F.cross_entropy(words.float(), targets[:, 1:][told]) if told.any() else loss.new_zeros(())
+            ((loss + LANGUAGE_WEIGHT * language) / 2).backward()
+            first = weights == 1.0
+            right = (judged.argmax(-1) == labels[read])[first].float().mean().item()
+            report |= {family: round(loss.item(), 4), f"{family}_accuracy": round(right, 4)}
+            report |= {f"{family}_language": round(language.item(), 4)}
+        update(model, optimizers)
+        if (step + 1) % 25 == 0:
+            print(json.dumps({"step": step + 1, "s": round(time.time() - began), **report}), flush=True)
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            save(checkpoint, model, optimizers, step + 1, time.time() - began)
+    model.save_pretrained(args.out / "final")
+    tokenizer.save_pretrained(args.out / "final")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Token formats: how a problem becomes a prompt, where its steps end, and what a PRM reads; it runs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyFormat:
+    """Prompt ids and step boundaries of one policy.
+
+    Attributes:
+        tokenizer: The policy's.
+        prompt: "line" is the problem on a line of its own after the begin-of-text token; "chat" is one user turn in
+            the tokenizer's chat template.
+        boundaries: Strings that end a step.
+        eos_ids: Tokens that finish a solution.
+        max_step_tokens: A longer step is no step of this policy, None = no such limit.
+
+    Example:
+        PolicyFormat.of(tokenizer, eos_ids=frozenset({2})).prompt_ids("What is 1+1?")
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str
+    boundaries: tuple[str, ...]
+    eos_ids: frozenset[int]
+    max_step_tokens: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> PolicyFormat:
+        """The usual format: a chat turn where the tokenizer has a chat template, steps end with a blank line."""
+        return cls(tokenizer, "chat" if tokenizer.chat_template else "line", ("\n\n",), eos_ids)
+
+    def prompt_ids(self, problem: str) -> list[int]:
+        """Ids of the prompt, to be continued by the first step."""
+        if self.prompt == "chat":
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=False
+            )
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return begin_ids(self.tokenizer, problem)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrmFormat:
+    """What a token-classification PRM in TRL's layout reads: `[bos] problem newline`, then every step and a separator.
+
+    Each piece is tokenised on its own, once; the score of a step is read at its separator's last token.
+
+    Attributes:
+        tokenizer: The PRM's.
+        separator: Ends every step; must be the one of the PRM's training.
+        right: Index of the class that says that all is right so far.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    separator: str = "\n"
+    right: int = 1
+
+    def root_ids(self, problem: str) -> list[int]:
+        """Ids above the first step."""
+        return begin_ids(self.tokenizer, problem)
+
+    def step_ids(self, step: str) -> list[int]:
+        """Ids that a step adds, its own boundary replaced by the separator; the last one is the mark."""
+        return [*encode(self.tokenizer, step.strip()), *encode(self.tokenizer, self.separator)]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a piece of text, without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def begin_ids(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
+    """`[bos] problem newline`, without the first where the tokenizer has none."""
+    begin: Sequence[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*begin, *encode(tokenizer, problem.strip() + "\n")]

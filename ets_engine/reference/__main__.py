@@ -1,0 +1,75 @@
+"""Print fresh held-out problems as JSONL, or grade solutions of them exactly.
+
+    python -m ets_engine.reference --family countdown --level 4 --seed 7 --count 50
+    python -m ets_engine.reference --check < solutions.jsonl
+
+A line to be graded has `problem` and `solution` (or `text`, as `ets solve --json` prints it), every step of which is
+checked; or only `answer`. It is printed again with `correct`; the count goes to the error stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from ets_engine.errors import ETSError
+from ets_engine.reference.problems import FAMILIES, generate_problems, is_right_answer, is_solved
+
+
+def grade(row: dict[str, Any]) -> bool:
+    """Whether the solution, or without one the answer, is right.
+
+    Raises:
+        ValueError: The row has neither, or no problem.
+    """
+    solution = row.get("solution", row.get("text"))
+    if not isinstance(row.get("problem"), str) or not isinstance(solution or row.get("answer") or "", str):
+        raise ValueError("needs strings: `problem`, and `solution`, `text` or `answer`")
+    if solution is not None:
+        return is_solved(row["problem"], solution)
+    if "answer" not in row:
+        raise ValueError("needs `solution`, `text` or `answer`")
+    return row["answer"] is not None and is_right_answer(row["problem"], row["answer"])
+
+
+def check(lines: list[str]) -> int:
+    """Grade JSONL lines; 0, or 2 at a line that cannot be graded."""
+    correct = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            verdict = grade(row)
+        except (ValueError, AttributeError) as error:
+            print(f"line {number}: {error}", file=sys.stderr)
+            return 2
+        correct += verdict
+        print(json.dumps(row | {"correct": verdict}))
+    print(f"correct {correct} of {len(lines)}", file=sys.stderr)
+    return 0
+
+
+def main() -> int:
+    """Run one of the two commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ets_engine.reference", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="countdown")
+    parser.add_argument("--level", type=int, help="numbers to use, or steps to take; default: all levels in turn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--check", action="store_true", help="grade JSONL solutions from standard input")
+    args = parser.parse_args()
+    if args.check:
+        return check([line for line in sys.stdin.read().splitlines() if line.strip()])
+    try:
+        for problem in generate_problems(args.family, args.level, args.seed, args.count):
+            print(json.dumps(problem.to_dict()))
+    except ETSError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
