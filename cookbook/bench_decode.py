@@ -14,14 +14,14 @@ On a CPU without bf16 instructions part of the gain in bf16 comes from how our l
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 import json
-from pathlib import Path
 import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import transformers

@@ -38,7 +38,9 @@ ARROWS: dict[str, set[str]] = {
     "models": BASE | {"protocols", "kv", "attention", "runtime", "reference", "answers"},
     "service": BASE | {"protocols", "search", "kv", "attention", "runtime", "reference", "answers", "models"},
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
-    "cli": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service", "evaluation"},
+    "terminal": BASE | {"protocols", "reference"},
+    "cli": BASE | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal"},
+    | {"protocols", "search", "runtime", "reference", "answers", "models", "service", "evaluation", "terminal"},
 }
 PACKAGE_ROOT = ""  # `ets_engine/__init__.py` re-exports lazily; only the integrations and the CLI may import from it
 
@@ -207,7 +209,7 @@ def plant(root: Path, path: str, source: str) -> None:
         ("ets_engine/search/loop.py", "import ets_engine.testing"),
         ("ets_engine/search/loop.py", "import importlib\nimportlib.import_module('ets_engine.service')"),
         ("ets_engine/kv/pool.py", "from ets_engine.attention import tree_attention"),
-        ("ets_engine/attention/api.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ets_engine.kv"),
+        ("ets_engine/attention/api.py", "if TYPE_CHECKING:\n    import ets_engine.kv"),
         ("ets_engine/runtime/runner.py", "from ets_engine.models.policy import Policy"),
         ("ets_engine/models/policy.py", "from ets_engine.search import search"),
         ("ets_engine/reference/story.py", "from ets_engine.models import policy"),

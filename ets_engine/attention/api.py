@@ -14,30 +14,58 @@ class SegmentLayout(Protocol):
     """K/V that several queries share; see `tree_attention`."""
 
     @property
-    def queries(self) -> torch.Tensor | None: ...
+    def queries(self) -> torch.Tensor | None:
+        """Queries that see it, None = all. [R]"""
+        ...
+
     @property
-    def slots(self) -> torch.Tensor | slice: ...
+    def slots(self) -> torch.Tensor | slice:
+        """Where its K/V lies. [U]"""
+        ...
 
 
 class AttentionLayout(Protocol):
     """Which query sees which slot: shared segments, and a padded private tail per row."""
 
     @property
-    def segments(self) -> Sequence[SegmentLayout]: ...
+    def segments(self) -> Sequence[SegmentLayout]:
+        """Shared parts, each read once."""
+        ...
+
     @property
-    def tail_slots(self) -> torch.Tensor: ...
+    def tail_slots(self) -> torch.Tensor:
+        """The rest of each row's path, in order. [B, L]"""
+        ...
+
     @property
-    def tail_bias(self) -> torch.Tensor | None: ...
+    def tail_bias(self) -> torch.Tensor | None:
+        """Added to the scores of the tail, None = see `tail_causal`. [B, 1, Q, L]"""
+        ...
+
     @property
-    def tail_causal(self) -> bool: ...
+    def tail_causal(self) -> bool:
+        """Whether the tail is the queries themselves, each seeing itself and those before it."""
+        ...
+
     @property
-    def query_index(self) -> torch.Tensor | None: ...
+    def query_index(self) -> torch.Tensor | None:
+        """Packed query of each padded one, None = no padding. [B, Q]"""
+        ...
+
     @property
-    def packed_index(self) -> torch.Tensor | None: ...
+    def packed_index(self) -> torch.Tensor | None:
+        """Padded query of each packed one, None with `query_index`. [T]"""
+        ...
+
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """B."""
+        ...
+
     @property
-    def num_queries(self) -> int: ...
+    def num_queries(self) -> int:
+        """Q, the most queries of one row."""
+        ...
 
 
 def tree_attention(

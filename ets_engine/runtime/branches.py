@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
+from numpy.typing import NDArray
 
 from ets_engine.runtime.sampler import SamplingParams
 from ets_engine.runtime.stops import StopRules

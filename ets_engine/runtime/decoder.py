@@ -7,9 +7,9 @@ pay for it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-import time
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class StepDecoder:
 
     def __init__(self, runner: Runner, tokenizer: Detokenizer) -> None:
         self.runner = runner
+        self.tokenizer = tokenizer
         self._stops = StopFinder(tokenizer)
         self._waiting: list[Branch] = []
         self._live: list[_Live] = []

@@ -5,9 +5,9 @@ Policy and verifier are the same thing here: a decoder-only base model over a KV
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-import time
 
 import torch
 from transformers import PreTrainedModel

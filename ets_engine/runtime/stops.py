@@ -16,7 +16,10 @@ class Detokenizer(Protocol):
     """The part of a transformers tokenizer that is needed here."""
 
     def __len__(self) -> int: ...
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of the tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import copy
-import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -68,17 +67,6 @@ def one_thread() -> Iterator[None]:
 def model_name(request: pytest.FixtureRequest) -> str:
     """Every architecture in turn."""
     return request.param
-
-
-@pytest.fixture
-def cuda() -> torch.device:
-    """A CUDA device; without one the test is skipped, or fails where ETS_REQUIRE_GPU=1."""
-    if not torch.cuda.is_available():
-        message = "no CUDA device"
-        if os.environ.get("ETS_REQUIRE_GPU") == "1":
-            pytest.fail(f"ETS_REQUIRE_GPU=1, but {message}")
-        pytest.skip(message)
-    return torch.device("cuda")
 
 
 @torch.inference_mode()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +113,7 @@ def test_bad_shapes_are_refused_at_the_door() -> None:
         tree_attention(good, cache, layout, scale=1.0, implementation="fast")
 
 
+@pytest.mark.gpu
 def test_attention_on_a_gpu(cuda: torch.device) -> None:
     cache, layout, paths = random_batch(3, 2, 10**9, decoding=False)
     query = torch.randn(len(paths), 4, HEAD_DIM, dtype=torch.float64)

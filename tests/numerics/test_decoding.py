@@ -69,8 +69,10 @@ def test_log_probabilities_and_mean_states_are_those_of_the_unshared_sequence() 
 
 
 def test_tokens_do_not_depend_on_batch_neighbours() -> None:
-    """Same seed and node alone, among others of its search, and among another search's. A false alarm needs a draw
-    within about 1e-6 of a boundary: below 1e-3 for these 60 tokens, and the seed is fixed."""
+    """Same seed and node alone, among others of its search, and among another search's.
+
+    A false alarm needs a draw within about 1e-6 of a boundary: below 1e-3 for these 60 tokens, and the seed is fixed.
+    """
     alone = []
     for node in (1, 2, 3):
         decoder = decoder_for("llama")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
 import torch
+from tokenizers import Tokenizer, models
 from transformers import LlamaForTokenClassification, PreTrainedTokenizerFast
 
 from ets_engine.config import EngineConfig

@@ -126,6 +126,7 @@ def test_bytes_moved_is_weights_and_distinct_kv() -> None:
     assert runner.stats.bytes_moved - before == runner.weight_bytes + (40 + 8) * runner.bytes_per_token
 
 
+@pytest.mark.gpu
 def test_tree_logits_on_a_gpu(cuda: torch.device) -> None:
     runner = Runner(tiny_model("qwen2").to(cuda), EngineConfig(page_tokens=4))
     runner._layouts = LayoutBuilder(runner.tree, device=cuda, min_saved_tokens=0)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-import pytest
 
 from ets_engine.errors import PoolExhaustedError
 from ets_engine.kv import KVPool, LayerShape, PrefixTree

@@ -10,7 +10,7 @@ from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree, Row
 
 
 def small_tree() -> tuple[PrefixTree, int, int, int]:
-    """prompt [0..5] -> left [8, 9] and right []."""
+    """Prompt [0..5] -> left [8, 9] and right []."""
     tree = PrefixTree(KVPool([LayerShape(1, 8)], page_tokens=4))
     prompt = tree.root()
     tree.append(prompt, 6)
