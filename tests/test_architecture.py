@@ -40,7 +40,6 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
     "terminal": BASE | {"protocols", "reference"},
     "cli": BASE | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal"},
-    | {"protocols", "search", "runtime", "reference", "answers", "models", "service", "evaluation", "terminal"},
 }
 PACKAGE_ROOT = ""  # `ets_engine/__init__.py` re-exports lazily; only the integrations and the CLI may import from it
 
