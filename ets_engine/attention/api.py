@@ -15,12 +15,12 @@ class SegmentLayout(Protocol):
 
     @property
     def queries(self) -> torch.Tensor | None:
-        """Queries that see it, None = all, [R]."""
+        """Queries that see it, None = all; shape [R]."""
         ...
 
     @property
     def slots(self) -> torch.Tensor | slice:
-        """Where its K/V lies, [U]."""
+        """Where its K/V lies; shape [U]."""
         ...
 
 
@@ -34,12 +34,12 @@ class AttentionLayout(Protocol):
 
     @property
     def tail_slots(self) -> torch.Tensor:
-        """The rest of each row's path, in order, [B, L]."""
+        """The rest of each row's path, in order; shape [B, L]."""
         ...
 
     @property
     def tail_bias(self) -> torch.Tensor | None:
-        """Added to the scores of the tail, None = see `tail_causal`, [B, 1, Q, L]."""
+        """Added to the scores of the tail, None = see `tail_causal`; shape [B, 1, Q, L]."""
         ...
 
     @property
@@ -49,12 +49,12 @@ class AttentionLayout(Protocol):
 
     @property
     def query_index(self) -> torch.Tensor | None:
-        """Packed query of each padded one, None = no padding, [B, Q]."""
+        """Packed query of each padded one, None = no padding; shape [B, Q]."""
         ...
 
     @property
     def packed_index(self) -> torch.Tensor | None:
-        """Padded query of each packed one, None with `query_index`, [T]."""
+        """Padded query of each packed one, None with `query_index`; shape [T]."""
         ...
 
     @property
