@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from ets_engine.answers import MathView, ReferenceView
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, ETSError
 from ets_engine.models import CallableVerifier, PolicyFormat, PrmFormat, PrmVerifier, StepScorer, TreePolicy
-from ets_engine.protocols import StepView
+from ets_engine.protocols import Selector, StepView
 from ets_engine.reference import REFERENCE, check_domain, policy_path, prm_path
 from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, load_token_classifier
 from ets_engine.search import (
     Expand,
+    Request,
     SearchTree,
     StopSearch,
     Trajectory,
@@ -118,6 +119,7 @@ class ETSEngine:
         config: SearchConfig | None = None,
         *,
         verifier: StepScorer | None = None,
+        selector: Selector | None = None,
         on_event: OnEvent | None = None,
         should_stop: ShouldStop | None = None,
     ) -> SearchResult:
@@ -127,6 +129,7 @@ class ETSEngine:
             problem: In plain text.
             config: Strategy, width, limits, seed.
             verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the engine's PRM.
+            selector: Decides which leaves live, instead of the one that `config.strategy` names.
             on_event: Called with the progress of every depth.
             should_stop: Asked before every decode step; once it says True the best so far is returned.
 
@@ -156,8 +159,9 @@ class ETSEngine:
                 assert self._verifier is not None
                 judge = PrmVerifier(*self._verifier, problem, name)
             try:
-                tree = _drive(config, policy, judge, on_event, should_stop)
-                return self._result(problem, config, tree, policy, judge, began_s)
+                tree = _drive(search(config, selector, clock=time.perf_counter), policy, judge, on_event, should_stop)
+                strategy = config.strategy if selector is None else type(selector).__name__
+                return self._result(problem, config, strategy, tree, policy, judge, began_s)
             finally:
                 policy.close()
                 judge.close()
@@ -181,6 +185,7 @@ class ETSEngine:
         self,
         problem: str,
         config: SearchConfig,
+        strategy: str,
         tree: SearchTree,
         policy: TreePolicy,
         judge: PrmVerifier | CallableVerifier,
@@ -232,7 +237,7 @@ class ETSEngine:
                 bytes_moved=usage.bytes_moved + (judged.bytes_moved if judged else 0),
                 decode_steps=usage.decode_steps,
             ),
-            strategy=config.strategy,
+            strategy=strategy,
             width=effective_width(config),
             seed=config.seed,
             trace=tree.trace() if config.trace else None,
@@ -240,14 +245,13 @@ class ETSEngine:
 
 
 def _drive(
-    config: SearchConfig,
+    searching: Generator[Request, Any, SearchTree],
     policy: TreePolicy,
     judge: PrmVerifier | CallableVerifier,
     on_event: OnEvent | None,
     should_stop: ShouldStop | None,
 ) -> SearchTree:
     """Run one search; unlike `ets_engine.search.run`, look at `should_stop` between decode steps too."""
-    searching = search(config, clock=time.perf_counter)
     try:
         request = next(searching)
         while True:
