@@ -1,4 +1,4 @@
-"""What every test may rely on: hypothesis without deadlines, and GPU tests that skip or fail, never silently pass."""
+"""What every test may rely on: no network, no deadlines, and GPU tests that skip or fail, never silently pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network
 
 # A deadline measures how busy the machine is. On CI the examples are the same each time; elsewhere new ones are tried.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -1,0 +1,47 @@
+# Needs python3 (3.11 or newer) with pip, nothing else: each verb first makes the environment in $(VENV), or renews it
+# when pyproject.toml or constraints.txt has changed.
+#
+#   make demo     solve three problems on the shipped models, with their search trees
+#   make test     all tests
+#   make lint     style, formatting, types
+#   make format   repair what `make lint` can repair
+#   make bench    every bench of the cookbook; minutes
+#
+# An environment that is there already is taken as it is with: make test ENV= VENV=path/to/it
+
+PYTHON ?= python3
+VENV ?= .venv
+ENV ?= $(VENV)/.installed
+BIN := $(abspath $(VENV))/bin
+PYTEST_ARGS ?= -n 2
+
+.PHONY: demo test lint format bench
+.DEFAULT_GOAL := test
+
+# Held-out problems, from `python -m ets_engine.reference --family FAMILY --level LEVEL --seed 7`.
+demo: $(ENV)
+	$(BIN)/ets solve "Use 1, 3, 7 and 17 to make 22." --tree
+	$(BIN)/ets solve "Use 1, 10, 11, 13 and 20 to make 33." --tree
+	$(BIN)/ets solve "There are 52 plums in the bag of Vera. Tess has 10 fewer plums than Yara. Vera has 54 fewer plums \
+	than Tess. There are 40 plums in the bag of Zoe. Ben has as many plums as Yara and Zoe together. Rosa has 26 books. \
+	Sam has 52 more plums than Ben. How many plums does Sam have?" --tree
+
+test: $(ENV)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(ENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(ENV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(ENV)
+	set -e; for script in cookbook/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
