@@ -64,9 +64,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.init)
     encode = Encoder(tokenizer)
     model = AutoModelForTokenClassification.from_pretrained(
-        args.init, num_labels=2, id2label={0: "wrong", 1: "right"}, label2id={"wrong": 0, "right": 1},
-        classifier_dropout=0.0, dtype=torch.float32,
-    ).to(args.device)  # fmt: skip
+        args.init,
+        num_labels=2,
+        id2label={0: "wrong", 1: "right"},
+        label2id={"wrong": 0, "right": 1},
+        dtype=torch.float32,
+    ).to(args.device)
     optimizers = make_optimizers(model, args.lr)
     checkpoint = args.out / "checkpoint.pt"
     start, seconds = resume(checkpoint, model, optimizers)
