@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.resources
 import json
 import statistics
 import subprocess
@@ -79,3 +80,8 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 def test_version_is_the_distribution_s() -> None:
     assert ets_engine.__version__ == importlib.metadata.version("ets-integrations")
+
+
+@pytest.mark.parametrize("package", ["ets_engine", "ets_integrations"])
+def test_types_are_shipped(package: str) -> None:
+    assert importlib.resources.files(package).joinpath("py.typed").is_file()
