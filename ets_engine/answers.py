@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-import logging
+import atexit
 import re
+from fractions import Fraction
 from functools import lru_cache
 
-_HOPED = re.compile(r"final answer is:?\s*\$(.+?)\$\.? I hope", re.DOTALL)
-_STATED = re.compile(r"answer is:?\s*(.+?)\s*(?:\.\s|\.?$|\n)", re.IGNORECASE)
-_HASHES = re.compile(r"####\s*(.+)")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_NOISE = re.compile(r"\\left|\\right|\\text(?:bf|rm)?|\\mathrm|\\!|\\,|\\;|\\%|\\\$|[$%°]|\^\\circ|\s")
-_LONGEST = 300  # characters of an answer that symbolic comparison is worth
+from ets_engine.symbolic import SymbolicProcess
+
+_TAIL = 20_000  # characters at the end of a solution that are searched for its answer
+_LONGEST = 300  # characters of an answer that more than a comparison of texts is worth
+
+_HOPED = re.compile(r"final answer is:?\s?\$([^$\n]{1,300})\$\.? I hope")
+_HASHES = re.compile(r"#### ?(-?\$?[.\d][^\n]{0,300})")
+_STATED = re.compile(r".*answer is:?[ \t]{0,9}([^\n]{1,300})", re.IGNORECASE | re.DOTALL)
+_SENTENCE_END = re.compile(r"\.(?:\s|$)")
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+_WRITTEN_ALIKE = [  # (pattern, replacement), applied in order
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\\[!,;: ()[\]]|\\displaystyle|~", ""),
+    (r"\{,\}", ","),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?[$%]", ""),
+    (r"\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}", ","),
+    (r"(?<=[\w})])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # a unit
+    (r"^(-?[\d.,/]*\d)\s+(?!.*\b(?:[a-z]|pi|sqrt)\b)[a-z][a-z ]*(?:\^\d)?$", r"\1"),  # a unit in plain letters
+    (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
+    (r"(?<!\\)(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda match: f"{match[1]} " if match[1] else ""),
+    (r"^\(([A-Za-z])\)$", r"\1"),  # a choice
+    (r"\\(frac|sqrt)(\d)", r"\\\1{\2}"),
+    (r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}"),
+    (r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
+    (r"^(-?)(\d+)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2+\3/\4"),
+    (r"^(-?\d{1,3}(?:,\d{3})+(?:\.\d+)?)$", lambda match: match[1].replace(",", "")),
+    (r"\.$", ""),
+]
+_RULES = [(re.compile(pattern), replacement) for pattern, replacement in _WRITTEN_ALIKE]
+_NAMED = re.compile(r"[a-zA-Z](?:=|\\in)([^=]+)")
+_PLAIN_NUMBER = re.compile(r"([-+]?)(?:(\d+)\+)?(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?")
+_WORD = re.compile(r"[a-zA-Z]{3,}")
+_RELATIVE = Fraction(1, 10_000)  # numbers this close are the same, two integers only when they are equal
+
+_symbolic = SymbolicProcess()
+atexit.register(_symbolic.close)
 
 
 def extract_answer(text: str) -> str | None:
     r"""The answer that a solution states, None when it states none.
 
-    In this order: "final answer is $...$. I hope", the last `\boxed{}`, "#### ...", the last "answer is ...", the last
-    number.
+    In this order: "final answer is $...$. I hope", the last `\boxed{}`, "#### number", the last "answer is ...", the
+    last number.
 
     Example:
         >>> extract_answer(r"So $x=2$ and the total is $\boxed{\frac{1}{2}}$.")
@@ -26,35 +59,48 @@ def extract_answer(text: str) -> str | None:
         >>> extract_answer("Then 3 + 4 = 7.\nThe answer is 7."), extract_answer("no idea")
         ('7', None)
     """
+    text = text[-_TAIL:]
     if hoped := _HOPED.findall(text):
         return _clean(hoped[-1])
     if (boxed := _last_boxed(text)) is not None:
-        return _clean(boxed)
-    for pattern in (_HASHES, _STATED):
-        if found := pattern.findall(text):
-            return _clean(found[-1])
+        return boxed.strip() or None
+    if hashes := _HASHES.findall(text):
+        return _clean(hashes[-1])
+    if stated := _STATED.match(text):
+        return _clean(_SENTENCE_END.split(stated[1], maxsplit=1)[0])
     numbers = _NUMBER.findall(text)
-    return _clean(numbers[-1]) if numbers else None
+    return numbers[-1] if numbers else None
 
 
 def same_answer(left: str, right: str) -> bool:
-    r"""Whether two answers mean the same: as text, as numbers, or as math-verify understands them.
+    r"""Whether two answers mean the same: as text, as numbers, part by part, or as math-verify understands them.
+
+    Notation, units, thousands commas and `x =` in front do not count.
 
     Example:
         >>> same_answer("1,000", "1000.0"), same_answer(r"\frac{1}{2}", "0.5"), same_answer("x+1", "1+x")
         (True, True, True)
-        >>> same_answer("12", "21")
-        False
+        >>> same_answer("12", "21"), same_answer("(1,2)", "(2,1)")
+        (False, False)
     """
-    first, second = _normal(left), _normal(right)
+    whole = _normal(left), _normal(right)
+    first, second = map(_unnamed, whole)
     if first == second:
         return True
-    numbers = _number(first), _number(second)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if max(len(first), len(second)) > _LONGEST:
+    if not first or not second or max(len(first), len(second)) > _LONGEST:
         return False
-    return _same_mathematics(first, second)
+    numbers = _number(first), _number(second)
+    if numbers[0] is not None and numbers[1] is not None:
+        return _close(numbers[0], numbers[1])
+    if _WORD.fullmatch(first) or _WORD.fullmatch(second):  # math-verify would multiply the letters
+        return first.casefold() == second.casefold()
+    parts = _parts(first), _parts(second)
+    if parts[0] is not None and parts[1] is not None:
+        return (
+            (first[0], first[-1], len(parts[0])) == (second[0], second[-1], len(parts[1]))
+            and all(map(same_answer, parts[0], parts[1]))
+        )  # fmt: skip
+    return _symbolic.same(*whole)
 
 
 class MathView:
@@ -84,38 +130,65 @@ class ReferenceView:
 
 
 def _clean(answer: str) -> str | None:
-    return answer.strip().strip("$").strip().removesuffix(".") or None
+    answer = answer.strip(" \t\n*$").removesuffix(".").strip(" \t\n*$:")
+    return answer.removeprefix("\\(").removesuffix("\\)").strip() or None
 
 
 def _last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{}` holds, None without one or when it is not closed; escaped braces do not nest."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
-    depth = 0
-    for place in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    start += len("\\boxed{")
+    depth = 1
+    for brace in _BRACES.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : place]
+            return text[start : brace.start()]
     return None
 
 
-def _normal(answer: str) -> str:
-    short = _NOISE.sub("", answer.replace("dfrac", "frac").replace("tfrac", "frac"))
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", short).removesuffix(".")
-
-
-def _number(answer: str) -> float | None:
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(?:/(\d+))?", answer)
-    if match is None or match[2] == "0":
-        return None
-    return float(match[1]) / float(match[2] or 1)
-
-
 @lru_cache(maxsize=10_000)
-def _same_mathematics(left: str, right: str) -> bool:
-    from math_verify import parse, verify
+def _normal(answer: str) -> str:
+    """The answer as everybody would write it."""
+    answer = answer.strip()
+    if len(answer) > 2 * _LONGEST:
+        return answer
+    for pattern, replacement in _RULES:
+        answer = pattern.sub(replacement, answer)
+    return answer
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # no timeouts: they need signals, which only the main thread gets
-    first, second = (parse(f"${one}$", parsing_timeout=None) for one in (left, right))  # type: ignore[arg-type]
-    return bool(first and second and verify(first, second, timeout_seconds=None))  # type: ignore[arg-type]
+
+def _unnamed(answer: str) -> str:
+    match = _NAMED.fullmatch(answer)
+    return match[1] if match else answer
+
+
+def _number(answer: str) -> Fraction | None:
+    match = _PLAIN_NUMBER.fullmatch(answer)
+    if match is None or (match[4] is not None and int(match[4]) == 0):
+        return None
+    value = int(match[2] or 0) + Fraction(match[3]) / int(match[4] or 1)
+    return -value if match[1] == "-" else value
+
+
+def _close(left: Fraction, right: Fraction) -> bool:
+    if left.denominator == right.denominator == 1:
+        return left == right
+    return abs(left - right) <= _RELATIVE * max(abs(left), abs(right))
+
+
+def _parts(answer: str) -> list[str] | None:
+    """Components of a tuple or an interval, None when it is neither."""
+    if answer[0] not in "([" or answer[-1] not in ")]":
+        return None
+    depth, parts = 0, [""]
+    for sign in answer[1:-1]:
+        depth += (sign in "([{") - (sign in ")]}")
+        if depth < 0:
+            return None  # (a)(b)
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts if depth == 0 and len(parts) > 1 else None

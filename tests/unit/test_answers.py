@@ -1,0 +1,198 @@
+"""Answers are found where solutions state them, compared by meaning, and nothing a model writes stops a search."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ets_engine.answers import MathView, ReferenceView, extract_answer, same_answer
+from ets_engine.symbolic import SymbolicProcess
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{1} The final answer is $2$. I hope it is correct. The answer is 3.", "2"),
+        (r"#### 4" "\n" r"The answer is 3. So \boxed{1}, no, \boxed{2}, and 9", "2"),
+        ("The answer is 3.\n#### 4\n5", "4"),
+        ("The answer is 3. The answer is: 5. 7 apples", "5"),
+        ("2 + 2 = 4, and 4 + 5 = 9", "9"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} is it", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\left\{ 1, 2 \right.} is it", r"\left\{ 1, 2 \right."),  # escaped braces do not nest
+        (r"\boxed{\{1,2\}}.", r"\{1,2\}"),
+        (r"The answer is 7 and \boxed{12", "7 and \\boxed{12"),  # cut off inside the box: what was said before
+        (r"\boxed{}", None),
+        (r"The answer is $\frac{3}{4}$. Done.", r"\frac{3}{4}"),
+        ("The answer is 7.5.", "7.5"),
+        ("The answer is 1,234 dollars. Good", "1,234 dollars"),
+        ("THE ANSWER IS **12**", "12"),
+        (r"The answer is \(x+1\).", "x+1"),
+        ("#### $1,250\n", "1,250"),
+        ("#### Step 1: compute\nThe answer is 8", "8"),  # a heading is no answer
+        ("it costs 5, or 1,250, dollars", "1,250"),
+        ("ten minus 3-4", "4"),
+        ("so it is -4", "-4"),
+        ("about 3/4", "3/4"),
+        ("no idea", None),
+        ("", None),
+    ],
+)
+def test_extraction(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+SAME = [
+    ("1,000", "1000"),
+    ("11,\\! 111,\\! 100", "11111100"),
+    ("1{,}000", "1000"),
+    ("7.0", "7"),
+    ("7.", "7"),
+    (".5", "0.5"),
+    ("0.3333", "1/3"),
+    (r"\dfrac{17}{50}", "0.34"),
+    (r"\frac43", "4/3"),
+    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"1\frac{4}{5}", "1.8"),
+    (r"137 \frac{1}{2}", "137.5"),
+    (r"90^\circ", "90"),
+    (r"\$32,\!348", "32348"),
+    (r"50\%", "50"),
+    ("12 square units", "12"),
+    (r"864 \mbox{ inches}^2", "864"),
+    ("x = 5", "5"),
+    (r"x \in [-2,7]", "[-2, 7]"),
+    (r"\text{(C)}", "C"),
+    (r"\text{east}", "East"),
+    (r"\left( \frac{3}{2}, -13 \right)", "(1.5,-13)"),
+    ("(3,4]", "(3, 4]"),
+    ("1,-2", "-2,1"),
+    (r"3 \text{ or } 5", "5,3"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19},1-\sqrt{19}"),
+    (r"11\sqrt2", r"11 \sqrt{2}"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    ("(a+5)(b+2)", "(b+2)(a+5)"),
+    ("6 - 5i", "-5i+6"),
+    (r"\cot x", r"\frac{1}{\tan x}"),
+    (r"\begin{pmatrix} 1/5 \\ 2 \end{pmatrix}", r"\begin{pmatrix} \frac{1}{5} \\ 2 \end{pmatrix}"),
+    ("y = 2x + 3", "y - 2x = 3"),
+]
+DIFFERENT = [
+    ("12", "21"),
+    ("-5", "5"),
+    ("10000000", "10000001"),  # integers are exact, however large
+    ("1" * 400, "2" * 400),
+    ("0.333", "1/3"),
+    ("1/2", "1/3"),
+    ("1/0", "2/0"),
+    (r"\sqrt{2}", "1.41"),
+    ("(1,2)", "(2,1)"),
+    ("(0,1)", "[0,1)"),
+    ("(1,234)", "1234"),
+    ("(1,2)", "(1,2,3)"),
+    ("x^2", "x^3"),
+    ("2k", "2n"),
+    ("5", "5x"),
+    ("6", r"6\pi"),
+    ("6", "6 pi"),
+    (r"\text{even}", r"\text{odd}"),
+    ("listen", "silent"),  # no product of letters
+    ("", "5"),
+]
+
+
+@pytest.mark.parametrize(("left", "right"), SAME)
+def test_same(left: str, right: str) -> None:
+    assert same_answer(left, right) and same_answer(right, left)
+
+
+@pytest.mark.parametrize(("left", "right"), DIFFERENT)
+def test_not_same(left: str, right: str) -> None:
+    assert not same_answer(left, right) and not same_answer(right, left)
+
+
+def test_views() -> None:
+    assert MathView().answer("1+1?", "it is 2") == "2" and MathView().answer("1+1?", "dunno") is None
+    assert MathView().same("2.0", "2")
+    view = ReferenceView()
+    assert view.answer("Use 4, 6, 10 and 19 to make 16.", "19-4=15 left 6 10 15\n6*10=60 left 15 60\n60/15=4") is not None
+    assert view.answer("Use 4, 6, 10 and 19 to make 16.", "who knows") is None
+    assert view.same("4+6", "4+6") and not view.same("4+6", "6+4")
+
+
+def test_any_thread_may_ask() -> None:
+    """Time limits by signal would raise anywhere but in the main thread."""
+    verdicts: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda i=i: verdicts.append(same_answer(f"x+{i}", f"{i}+x"))) for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "answer is x" + " " * 200_000 + "y",
+        "answer is " * 50_000,
+        "final answer is $" * 20_000,
+        "\\boxed{" * 50_000,
+        "\\boxed{" + "{" * 100_000,
+        "#### " * 50_000,
+        "1," * 100_000,
+        "-" * 100_000,
+        "5 " + "ab " * 100 + "1",
+        "5 " + "a" * 590 + "1",
+    ],
+)
+def test_nonsense_is_quick(text: str) -> None:
+    """A quadratic pattern takes minutes for these, not the second that a busy machine may need."""
+    started_s = time.process_time()
+    answer = extract_answer(text)
+    assert answer is None or len(answer) <= 600
+    for nonsense in (answer or "", text[:700]):
+        assert not same_answer(nonsense, "5x")
+    assert time.process_time() - started_s < 1.0
+
+
+@pytest.fixture
+def process() -> Iterator[SymbolicProcess]:
+    started = SymbolicProcess(limit_s=1)
+    yield started
+    started.close()
+
+
+def test_what_never_ends_is_given_up(process: SymbolicProcess) -> None:
+    assert process.same("x+1", "1+x")
+    started_s = time.monotonic()
+    assert not process.same("9^{9^9}", "3")
+    assert time.monotonic() - started_s < 30.0  # about a second; by itself it takes hours
+    assert process.same("x+2", "2+x"), "the next comparison gets a new process"
+    assert not process.same("9^{9^9}", "4")
+    alive = process._process
+    assert not process.same("9^{9^9}", "5")
+    assert process._process is alive, "it was not tried a third time"
+
+
+def test_a_dead_process_is_replaced(process: SymbolicProcess) -> None:
+    assert process.same("x+1", "1+x")
+    assert process._process is not None
+    process._process.kill()
+    assert not process.same("x+3", "3+x")  # this one was lost
+    assert process.same("x+2", "2+x")
+
+
+def test_a_forked_child_has_its_own(process: SymbolicProcess) -> None:
+    assert process.same("x+1", "1+x")
+    mine = process._process
+    assert mine is not None
+    process._owner = -1  # as in a child
+    assert process.same("x+2", "2+x") and process._process is not mine
+    mine.kill()
+    mine.communicate()
