@@ -3,6 +3,7 @@
 from ets_engine.reference.problems import (
     FAMILIES,
     ReferenceProblem,
+    canonical,
     extract_answer,
     family_of,
     generate_problems,
@@ -17,6 +18,7 @@ __all__ = [
     "FAMILIES",
     "REFERENCE",
     "ReferenceProblem",
+    "canonical",
     "check_domain",
     "extract_answer",
     "family_of",

@@ -18,20 +18,21 @@ from ets_engine.errors import ETSError
 from ets_engine.reference.problems import FAMILIES, generate_problems, is_right_answer, is_solved
 
 
-def grade(row: dict[str, Any]) -> bool:
-    """Whether the solution, or without one the answer, is right.
+def grade(row: Any) -> bool:
+    """Whether the solution, or without one the answer, is right; a null answer is wrong.
 
     Raises:
-        ValueError: The row has neither, or no problem.
+        ValueError: The row has neither, or no problem of a known family.
     """
-    solution = row.get("solution", row.get("text"))
-    if not isinstance(row.get("problem"), str) or not isinstance(solution or row.get("answer") or "", str):
-        raise ValueError("needs strings: `problem`, and `solution`, `text` or `answer`")
-    if solution is not None:
-        return is_solved(row["problem"], solution)
-    if "answer" not in row:
-        raise ValueError("needs `solution`, `text` or `answer`")
-    return row["answer"] is not None and is_right_answer(row["problem"], row["answer"])
+    if not isinstance(row, dict) or not isinstance(row.get("problem"), str):
+        raise ValueError("needs an object with a string `problem`")
+    given = {key: row[key] for key in ("solution", "text", "answer") if key in row}
+    if not given or not all(isinstance(value, str | None) for value in given.values()):
+        raise ValueError("needs a string `solution`, `text` or `answer`")
+    for key in ("solution", "text"):
+        if given.get(key) is not None:
+            return is_solved(row["problem"], given[key])
+    return is_right_answer(row["problem"], given.get("answer") or "")
 
 
 def check(lines: list[str]) -> int:
@@ -41,7 +42,7 @@ def check(lines: list[str]) -> int:
         try:
             row = json.loads(line)
             verdict = grade(row)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             print(f"line {number}: {error}", file=sys.stderr)
             return 2
         correct += verdict

@@ -1,6 +1,6 @@
 """The `countdown` family: reach a target from given numbers; generator, exact checker, solvability.
 
-A solution has one operation per line with what is left, the last line reaching the target::
+A solution has one operation per line with what is left (in any order), the last line reaching the target::
 
     19-4=15 left 6 10 15
     15*6=90 left 10 90
@@ -22,8 +22,11 @@ MAX_VALUE = 400  # largest intermediate result the generator uses and the checke
 TARGETS = (10, 100)
 
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-_PROMPT = re.compile(r"Use ([\d, ]+) and (\d+) to make (\d+)\.")
-_STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)(?: left((?: \d+)+))?")
+_PROMPT = re.compile(
+    r"use ([0-9]{1,3}(?:(?:,| |, )[0-9]{1,3})*)(?:,| ,)? and ([0-9]{1,3}) to make ([0-9]{1,3})\.?", re.IGNORECASE
+)
+_STEP = re.compile(r"([0-9]{1,6})([-+*/])([0-9]{1,6})=([0-9]{1,6})(?: left((?: [0-9]{1,6})+))?")
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +43,17 @@ class CountdownProblem:
 
 
 def parse(text: str) -> CountdownProblem | None:
-    """The problem in `text`, or None when it is not a countdown problem of a known level."""
-    match = _PROMPT.fullmatch(text.strip())
+    """The problem in `text`, or None when it is not a countdown problem of a known level.
+
+    Letter case, spacing, the order of the numbers and the full stop do not matter: `render` puts them right.
+    """
+    match = _PROMPT.fullmatch(" ".join(text.split()))
     if match is None:
         return None
-    numbers = (*(int(part) for part in re.findall(r"\d+", match[1])), int(match[2]))
-    if len(numbers) not in LEVELS or not all(0 < n <= MAX_VALUE for n in numbers):
+    *numbers, target = (int(part) for part in re.findall("[0-9]+", match[0]))
+    if len(numbers) not in LEVELS or not all(0 < n <= MAX_VALUE for n in (*numbers, target)):
         return None
-    return CountdownProblem(tuple(sorted(numbers)), int(match[3]))
+    return CountdownProblem(tuple(sorted(numbers)), target)
 
 
 def apply(left: int, op: str, right: int) -> int | None:
@@ -90,7 +96,7 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One operation and the sorted numbers left after it."""
+    """One operation and the numbers left after it."""
 
     left: int
     op: str
@@ -143,7 +149,7 @@ def walk(problem: CountdownProblem, lines: Sequence[str]) -> list[tuple[bool, tu
         move = parse_step(line) if valid else None
         valid = move is not None and _is_legal(state, move)
         if move is not None and valid:
-            state = move.rest
+            state = tuple(sorted(move.rest))
         out.append((valid, state))
     return out
 
@@ -154,7 +160,7 @@ def _is_legal(state: tuple[int, ...], move: Move) -> bool:
         if operand not in pool:
             return False
         pool.remove(operand)
-    return apply(move.left, move.op, move.right) == move.result and tuple(sorted([*pool, move.result])) == move.rest
+    return apply(move.left, move.op, move.right) == move.result and sorted([*pool, move.result]) == sorted(move.rest)
 
 
 def label_steps(problem: CountdownProblem, lines: Sequence[str]) -> list[bool]:
@@ -169,7 +175,9 @@ def is_solved(problem: CountdownProblem, lines: Sequence[str]) -> bool:
 
 
 def compose(lines: Sequence[str]) -> str | None:
-    """The expression that the lines build, by the values they claim; unchecked. None without a legible last line.
+    """The expression that the lines build, by the values they claim; unchecked.
+
+    None where a line is illegible, or the last one leaves more than one number.
 
     Example:
         >>> compose(["19-4=15 left 6 15", "15*6=90"])
@@ -177,17 +185,19 @@ def compose(lines: Sequence[str]) -> str | None:
     """
     made: dict[int, list[str]] = {}  # claimed value -> expressions not used yet
     expression: str | None = None
+    left_over = True
     for line in lines:
         move = parse_step(line)
         if move is None:
             return None
+        left_over = len(move.rest) > 1
         parts = [stack.pop() if (stack := made.get(n)) else str(n) for n in (move.left, move.right)]
         if move.op in "+*":
             parts.sort()
         parts = [f"({part})" if not part.isdigit() else part for part in parts]
         expression = parts[0] + move.op + parts[1]
         made.setdefault(move.result, []).append(expression)
-    return expression
+    return None if left_over else expression
 
 
 def is_right_expression(problem: CountdownProblem, expression: str) -> bool:
@@ -210,9 +220,11 @@ def is_right_expression(problem: CountdownProblem, expression: str) -> bool:
             case _:
                 return None
 
+    if not _EXPRESSION.fullmatch(expression):  # nothing but short arithmetic is worth parsing
+        return False
     try:
         result = value(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, RecursionError):
         return False
     return result == problem.target and tuple(sorted(used)) == problem.numbers
 
@@ -220,7 +232,8 @@ def is_right_expression(problem: CountdownProblem, expression: str) -> bool:
 def corrupt(rng: Random, problem: CountdownProblem, lines: Sequence[str]) -> list[str]:
     """Break one random line the way policies break them, the later lines following from the broken state.
 
-    Kinds: a wrong result, a wrong remainder, a number used twice, a legal move into a dead end.
+    Kinds: a wrong result, a wrong remainder, a number used twice, a legal move into a dead end. Some come out right by
+    chance, so only `label_steps` says what is wrong.
     """
     at = rng.randrange(len(lines))
     state = problem.numbers if at == 0 else walk(problem, lines[:at])[-1][1]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 from types import ModuleType
+from typing import Any
 
 from ets_engine.errors import ConfigError, ReferenceDomainError
 from ets_engine.reference import countdown, story
@@ -75,25 +76,47 @@ def generate_problems(family: str, level: int | None, seed: int, count: int) -> 
     if count < 0:
         raise ConfigError(f"count={count} is negative: ask for 0 or more problems")
     rng = Random(f"fresh/{family}/{level}/{seed}")
-    for i in range(count):
-        yield draw(rng, family, level or levels[i % len(levels)], held_out=True)[0]
+    return (draw(rng, family, level or levels[i % len(levels)], held_out=True)[0] for i in range(count))
+
+
+def _read(problem: str) -> tuple[str, Any]:
+    """The family a text belongs to, and the problem as that family's module knows it.
+
+    Raises:
+        ReferenceDomainError: it belongs to none.
+    """
+    for family, module in FAMILIES.items():
+        if (parsed := module.parse(problem)) is not None:
+            return family, parsed
+    raise ReferenceDomainError(
+        f"the shipped reference models only know two kinds of problems and {problem[:80]!r} is neither: "
+        "'Use 4, 6, 10 and 19 to make 16.' (4 to 6 numbers), or a story as printed by "
+        "`python -m ets_engine.reference --family story`. For anything else pass a model: "
+        "`ets solve --model NAME_OR_PATH --verifier NAME_OR_PATH`, or "
+        "`ETSEngine.from_pretrained(NAME_OR_PATH, verifier=NAME_OR_PATH)`."
+    )
 
 
 def family_of(problem: str) -> str:
     """The family a text belongs to.
 
     Raises:
-        ReferenceDomainError: it belongs to neither.
+        ReferenceDomainError: it belongs to none.
     """
-    for family, module in FAMILIES.items():
-        if module.parse(problem) is not None:
-            return family
-    raise ReferenceDomainError(
-        f"the shipped reference models only know two kinds of problems and {problem[:80]!r} is neither: "
-        "'Use 4, 6, 10 and 19 to make 16.' (4 to 6 numbers), or a story as printed by "
-        "`python -m ets_engine.reference --family story`. For anything else pass a model: "
-        "`ets solve --model NAME_OR_PATH --verifier NAME_OR_PATH`."
-    )
+    return _read(problem)[0]
+
+
+def canonical(problem: str) -> str:
+    """The problem as the models were trained to read it: its spacing, and countdown's order and letter case, put right.
+
+    Raises:
+        ReferenceDomainError: it belongs to no family.
+
+    Example:
+        >>> canonical("use 19, 4, 10, and 6  to make 16")
+        'Use 4, 6, 10 and 19 to make 16.'
+    """
+    return _read(problem)[1].render()
 
 
 def split_lines(text: str) -> list[str]:
@@ -109,14 +132,13 @@ def extract_answer(problem: str, text: str) -> str | None:
 
 def is_solved(problem: str, text: str) -> bool:
     """Whether a solution text solves the problem, every step checked exactly."""
-    module = FAMILIES[family_of(problem)]
-    return module.is_solved(module.parse(problem), split_lines(text))
+    family, parsed = _read(problem)
+    return FAMILIES[family].is_solved(parsed, split_lines(text))
 
 
 def label_steps(problem: str, lines: Sequence[str]) -> list[bool]:
     """Per line: is everything so far right, and can the problem still be solved from here?"""
-    family = family_of(problem)
-    parsed = FAMILIES[family].parse(problem)
+    family, parsed = _read(problem)
     return countdown.label_steps(parsed, lines) if family == "countdown" else story.check_steps(parsed, lines)
 
 
@@ -127,7 +149,7 @@ def is_right_answer(problem: str, answer: str) -> bool:
         >>> is_right_answer("Use 3, 4, 15 and 17 to make 32.", "(17*3)-(15+4)")
         True
     """
-    family = family_of(problem)
+    family, parsed = _read(problem)
     if family == "countdown":
-        return countdown.is_right_expression(countdown.parse(problem), answer)
-    return answer.strip() == str(story.parse(problem).answer())
+        return countdown.is_right_expression(parsed, answer)
+    return answer.strip() == str(parsed.answer())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ets_engine.errors import ModelLoadError
-from ets_engine.reference.problems import family_of
+from ets_engine.reference.problems import canonical
 
 REFERENCE = "reference"
 _HERE = Path(__file__).parent
@@ -29,13 +29,13 @@ def prm_path() -> str:
     return _path("prm")
 
 
-def check_domain(problem: str) -> None:
-    """Refuse a problem that the shipped models were not trained on.
+def check_domain(problem: str) -> str:
+    """The problem as the shipped models were trained to read it; refuses one that they were not trained on.
 
     Raises:
         ReferenceDomainError: It belongs to no family.
     """
-    family_of(problem)
+    return canonical(problem)
 
 
 def _path(name: str) -> str:

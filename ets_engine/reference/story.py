@@ -42,8 +42,8 @@ _GROUPS = {
     "a": rf"(?P<a>{'|'.join(NAMES)})",
     "b": rf"(?P<b>{'|'.join(NAMES)})",
     "c": rf"(?P<c>{'|'.join(NAMES)})",
-    "n": r"(?P<n>\d{1,3})",
-    "m": r"(?P<m>\d{1,3})",
+    "n": r"(?P<n>[0-9]{1,3})",
+    "m": r"(?P<m>[0-9]{1,3})",
     "share": rf"(?P<share>{'|'.join(SHARES)})",
     "item": rf"(?P<item>{'|'.join(ITEMS)})",
 }
@@ -71,7 +71,10 @@ _PATTERNS = [
 ]
 _PATTERN_ONE = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) does (?P<b>{'|'.join(NAMES)}) have\?")
 _PATTERN_MANY = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) do (?P<people>.+) have together\?")
-_STEP = re.compile(r"(?:(\w+) has|total) (\d+)([-+*/])(\d+)=(\d+)(?:\. Answer: (\d+))?")
+_STEP = re.compile(
+    r"(?:([A-Z][a-z]+) has|total) ([0-9]{1,6})([-+*/])([0-9]{1,6})=([0-9]{1,6})(?:\. Answer: ([0-9]{1,6}))?"
+)
+_ANSWER = re.compile(r"Answer: ([0-9]{1,6})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def calculate(left: int, op: str, right: int) -> int:
 
 
 def parse(text: str) -> StoryProblem | None:
-    """The problem in `text`, or None when it is not a story of this family."""
+    """The problem in `text`, or None when it is not a story of this family; spacing does not matter."""
     text = " ".join(text.split())
     *sentences, question = re.split(r"(?<=\.) ", text)
     many, one = _PATTERN_MANY.fullmatch(question), _PATTERN_ONE.fullmatch(question)
@@ -157,7 +160,18 @@ def parse(text: str) -> StoryProblem | None:
     if quantities is None or not set(asked) <= set(quantities):
         return None
     problem = StoryProblem(text, item, quantities, asked)
-    return problem
+    return problem if _is_sound(problem) else None
+
+
+def _is_sound(problem: StoryProblem) -> bool:
+    """Whether it takes steps to find, everybody has a positive whole number, and the item asked for is theirs."""
+    steps = len(needed(problem)) + len(problem.asked) - 1
+    return (
+        1 <= steps <= LEVELS[-1]
+        and len(set(problem.asked)) == len(problem.asked)
+        and all(problem.quantities[person].item == problem.item for person in problem.asked)
+        and all(0 < value <= MAX_VALUE for value in problem.values().values())
+    )
 
 
 def _resolve(facts: Sequence[tuple[str, dict[str, str]]]) -> dict[str, Quantity] | None:
@@ -240,9 +254,7 @@ def _build(rng: Random, level: int) -> tuple[StoryProblem, list[str]] | None:
 
     def derive(source: str | None) -> str | None:
         name = names.pop()
-        kind = rng.choices(
-            ("boxes", "more", "fewer", "times", "share", "both", "gap"), (2, 4, 4, 4, 3, 3, 1)
-        )[0]
+        kind = rng.choices(("boxes", "more", "fewer", "times", "share", "both", "gap"), (2, 4, 4, 4, 3, 3, 1))[0]
         if kind == "boxes" and source is None:
             n, m = rng.randint(2, 12), rng.randint(3, 30)
             quantity = Quantity(item, n, "*", m)
@@ -346,13 +358,13 @@ def solve(rng: Random, problem: StoryProblem) -> list[str]:
 
 
 def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
-    """Per line: is everything up to and including it right? Right but needless lines are right."""
+    """Per line: is everything up to and including it right? Right but needless lines before the answer are right."""
     values = problem.values()
     known = {name for name, quantity in problem.quantities.items() if not quantity.op}
-    totalled, valid, out = 1, True, []
+    totalled, valid, answered, out = 1, True, False, []
     for line in lines:
         match = _STEP.fullmatch(line.strip())
-        if valid and match is not None:
+        if valid and match is not None and not answered:
             name, op = match[1], match[3]
             left, right, result = int(match[2]), int(match[4]), int(match[5])
             valid = calculate(left, op, right) == result
@@ -368,7 +380,7 @@ def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
                 known.add(name)
             if match[6] is not None:
                 last = totalled == len(problem.asked) and (name is None or (name,) == problem.asked)
-                valid = valid and last and int(match[6]) == result
+                valid = answered = valid and last and int(match[6]) == result
         else:
             valid = False
         out.append(valid)
@@ -390,7 +402,7 @@ def _defines(
 
 def answer(lines: Sequence[str]) -> str | None:
     """The number after "Answer:" in the last line, or None."""
-    match = re.search(r"Answer: (\d+)$", lines[-1].strip()) if lines else None
+    match = _ANSWER.search(lines[-1].strip()) if lines else None
     return match[1] if match else None
 
 
