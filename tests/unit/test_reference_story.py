@@ -1,0 +1,256 @@
+"""Stories can be solved, and their checker agrees with a reading of the text that shares no code with it."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+import pytest
+
+from ets_engine.reference.story import (
+    ITEMS,
+    LEVELS,
+    MAX_VALUE,
+    NAMES,
+    StoryProblem,
+    answer,
+    check_steps,
+    corrupt,
+    generate,
+    is_solved,
+    needed,
+    parse,
+    solve,
+)
+
+TEXT = (
+    "Ben has 3 boxes of 14 apples each. Dan has 5 cards. Cara has 9 more apples than Ben. Eva has half as many apples "
+    "as Ben. How many apples do Ben, Cara and Eva have together?"
+)
+RIGHT = [
+    "Ben has 3*14=42",
+    "Cara has 42+9=51",
+    "Eva has 42/2=21",
+    "total 42+51=93",
+    "total 93+21=114. Answer: 114",
+]
+PARTS = {"half": 2, "a third": 3, "a quarter": 4, "a fifth": 5}
+
+
+def problem_of(text: str) -> StoryProblem:
+    problem = parse(text)
+    assert problem is not None, text
+    return problem
+
+
+def read_by_hand(text: str) -> tuple[dict[str, tuple[str, int | str, int | str]], dict[str, int], list[str]]:
+    """Who is computed how, everybody's number, and who is asked for: pass over the sentences until nothing is new."""
+    how: dict[str, tuple[str, int | str, int | str]] = {}
+    values: dict[str, int] = {}
+    *facts, question = re.split(r"(?<=[.?]) ", text)
+    for _ in facts:
+        for fact in facts:
+            person, words = [w for w in re.findall(r"\b[A-Z]\w+", fact) if w in NAMES], re.findall(r"\d+", fact)
+            numbers = [int(word) for word in words]
+            if re.search(r"bag of|has \d+ \w+\.$", fact):
+                values.setdefault(person[0], numbers[0])
+            elif "boxes" in fact or "packs" in fact:
+                how[person[0]] = ("*", *numbers)
+            elif "more" in fact or "fewer" in fact:
+                first, second = person
+                sign = "+" if "more" in fact else "-"
+                if second in values and first not in how and first not in values:
+                    how[first] = (sign, second, numbers[0])
+                elif first in values and second not in how and second not in values:
+                    how[second] = ("-" if sign == "+" else "+", first, numbers[0])
+            elif "times" in fact:
+                how[person[0]] = ("*", person[1], numbers[0])
+            elif "For each" in fact:
+                how[person[1]] = ("*", person[0], numbers[0])
+            elif "giving" in fact:
+                how[person[0]] = ("-", person[1], person[2])
+            elif "together" in fact:
+                how[person[0]] = ("+", person[1], person[2])
+            else:
+                how[person[0]] = ("/", person[1], next(n for words, n in PARTS.items() if words in fact))
+        for name, (sign, *sides) in how.items():
+            if all(isinstance(side, int) or side in values for side in sides):
+                a, b = (side if isinstance(side, int) else values[side] for side in sides)
+                assert sign != "/" or a % b == 0
+                values[name] = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+    return how, values, [word for word in re.findall(r"\b[A-Z]\w+", question) if word in NAMES]
+
+
+def labels_by_hand(text: str, lines: list[str]) -> list[bool]:
+    how, values, asked = read_by_hand(text)
+    known = set(values) - set(how)
+    right, summed, done, labels = True, 1, False, []
+    for line in lines:
+        claim, _, told = line.partition(". Answer: ")
+        head, _, result = claim.partition("=")
+        who, _, operation = head.replace(" has ", " ").rpartition(" ")
+        sign = next(sign for sign in "+-*/" if sign in operation)
+        a, b = map(int, operation.split(sign))
+        right = right and not done and {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] == int(result)
+        if who == "total":
+            right = right and summed < len(asked) and sign == "+" and known.issuperset(asked[: summed + 1])
+            if right:
+                right = {a, b} == {sum(values[name] for name in asked[:summed]), values[asked[summed]]}
+            summed += 1
+        else:
+            right = right and who in how and who not in known and how[who][0] == sign
+            if right:
+                sides = how[who][1:]
+                right = all(isinstance(side, int) or side in known for side in sides)
+                wanted = [side if isinstance(side, int) else values[side] for side in sides]
+                right = right and ([a, b] == wanted or (sign in "+*" and [b, a] == wanted))
+            known.add(who)
+        if told:
+            right = right and told == result == str(sum(values[name] for name in asked))
+            right = right and (who == "total" or [who] == asked) and summed == len(asked)
+            done = True
+        labels.append(right)
+    return labels
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_generated_can_be_solved(level: int) -> None:
+    rng = Random(level)
+    for _ in range(25):
+        problem, lines = generate(rng, level)
+        assert len(lines) == level == len(needed(problem)) + len(problem.asked) - 1
+        assert is_solved(problem, lines) and check_steps(problem, lines) == [True] * level
+        assert answer(lines) == str(problem.answer()) and problem.answer() <= MAX_VALUE
+        assert is_solved(problem, solve(rng, problem)), "in another order"
+        read = problem_of(problem.render())
+        assert (read.item, read.asked, read.values()) == (problem.item, problem.asked, problem.values())
+        assert read.quantities == problem.quantities and read.render() == problem.render()
+
+
+def test_numbers_and_labels_agree_with_a_reading_by_hand() -> None:
+    rng, seen = Random(1), []
+    for i in range(240):
+        problem, lines = generate(rng, LEVELS[i % len(LEVELS)])
+        text = problem.render()
+        _, values, asked = read_by_hand(text)
+        assert values == problem.values() and asked == list(problem.asked), text
+        broken = corrupt(rng, problem_of(text), lines)
+        labels = check_steps(problem_of(text), broken)
+        assert labels == labels_by_hand(text, broken), (text, broken)
+        assert labels == sorted(labels, reverse=True), "wrong once, wrong for ever"
+        seen += labels
+    assert {True, False} == set(seen)
+
+
+def test_most_corruptions_break_a_solution_where_they_should() -> None:
+    rng, broken = Random(4), 0
+    for _ in range(200):
+        problem, lines = generate(rng, 5)
+        changed = corrupt(rng, problem, lines)
+        same = next((i for i, (a, b) in enumerate(zip(lines, changed, strict=False)) if a != b), len(lines))
+        assert check_steps(problem, changed)[:same] == [True] * same
+        broken += not is_solved(problem, changed)
+    assert broken > 180
+
+
+def test_the_right_solution() -> None:
+    problem = problem_of(TEXT)
+    assert problem.answer() == 114 and is_solved(problem, RIGHT)
+    assert is_solved(problem, [RIGHT[0], RIGHT[2], RIGHT[1], *RIGHT[3:]]), "another order of people"
+    assert is_solved(problem, [RIGHT[0], "Cara has 9+42=51", "total 51+42=93", RIGHT[2], RIGHT[4]]), "sides, and a sum early"
+    needless = problem_of(TEXT.replace("Ben, Cara and Eva have together", "Cara have").replace("do C", "does C"))
+    assert is_solved(needless, [RIGHT[0], "Eva has 42/2=21", "Cara has 42+9=51. Answer: 51"]), "needless, but right"
+
+
+@pytest.mark.parametrize(
+    ("changes", "first_wrong"),
+    [
+        ({1: "Cara has 42+9=52"}, 1),  # wrong result
+        ({1: "Cara has 42+8=50"}, 1),  # wrong number
+        ({1: "Cara has 42-9=33"}, 1),  # wrong operation
+        ({1: "Eva has 42+9=51"}, 1),  # wrong person
+        ({1: "Dan has 42+9=51"}, 1),  # nobody computes Dan
+        ({1: "Zoe has 42+9=51"}, 1),  # not in the story
+        ({1: "Ben has 3*14=42"}, 1),  # known already
+        ({0: "Cara has 42+9=51", 1: "Ben has 3*14=42"}, 0),  # Ben is not known yet
+        ({2: "Eva has 2/42=21"}, 2),  # sides of a division
+        ({2: "total 42+51=93", 3: "Eva has 42/2=21", 4: "total 21+93=114"}, None),
+        ({3: "total 42+21=63", 4: "total 63+51=114. Answer: 114"}, 3),  # not in the order asked
+        ({3: "total 51+21=72", 4: "total 72+42=114. Answer: 114"}, 3),
+        ({3: "total 93-51=42"}, 3),
+        ({4: "total 93+21=114. Answer: 115"}, 4),
+        ({3: "total 42+51=93. Answer: 93"}, 3),  # too early
+        ({0: "Ben has 3*14=42. Answer: 42"}, 0),
+        ({1: "cara has 42+9=51"}, 1),
+        ({1: "Cara has 42+9=51."}, 1),
+        ({1: "Cara has 42 + 9 = 51"}, 1),
+        ({1: ""}, 1),
+        ({1: "Cara has 42+9=" + "9" * 5000}, 1),
+    ],
+)
+def test_the_checker_refuses(changes: dict[int, str], first_wrong: int | None) -> None:
+    lines = [changes.get(i, line) for i, line in enumerate(RIGHT)]
+    right = len(lines) if first_wrong is None else first_wrong
+    assert check_steps(problem_of(TEXT), lines) == [i < right for i in range(len(lines))]
+    assert not is_solved(problem_of(TEXT), lines)
+
+
+def test_incomplete_and_overlong_solutions() -> None:
+    problem = problem_of(TEXT)
+    assert not is_solved(problem, []) and not is_solved(problem, RIGHT[:-1])
+    assert not is_solved(problem, [*RIGHT[:-1], "total 93+21=114"]), "no answer"
+    assert not is_solved(problem, [RIGHT[0], *RIGHT[3:]]), "a step is missing"
+    for trailing in ("done", "Answer: 114", RIGHT[-1], "Dan has 5+0=5"):
+        assert check_steps(problem, [*RIGHT, trailing]) == [True] * len(RIGHT) + [False]
+        assert not is_solved(problem, [*RIGHT, trailing])
+    one = problem_of("Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has 2 times as many eggs as Ana. How many eggs does Ben have?")
+    assert check_steps(one, ["Ben has 4+3=7. Answer: 7", "Cara has 4*2=8"]) == [True, False], "nothing after the answer"
+
+
+def test_answer() -> None:
+    assert answer(RIGHT) == "114"
+    assert answer([]) is None and answer(RIGHT[:-1]) is None and answer(["Answer: 1", "so"]) is None
+    assert answer(["total 1+1=2. Answer: 2!"]) is None and answer(["Answer: " + "9" * 5000]) is None
+
+
+def test_spacing_does_not_matter() -> None:
+    assert problem_of("  " + TEXT.replace(" ", "  ").replace(".", ".\n")) == problem_of(TEXT)
+
+
+ASK = " How many apples does Ben have?"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "How many apples does Ben have?",
+        "Ben has 5 apples." + ASK,  # nothing to compute
+        "Ann has 5 apples. Ben has 3 more apples than Ann." + ASK,  # no name of ours
+        "Ana has 5 apples. Ben has 3 more apples than Ana. How many apples does Cara have?",
+        "Ana has 5 apples. Ben has 3 more apples than Cara." + ASK,  # nobody counts Cara
+        "Ana has 5 apples. Ana has 6 apples. Ben has 3 more apples than Ana." + ASK,
+        "Ana has 3 more apples than Ben. Ben has 3 fewer apples than Ana." + ASK,  # in circles
+        "Ana has 5 apples. Ben has 3 more cards than Ana." + ASK,  # cards are asked for nowhere
+        "Ana has 5 apples. Ben has half as many apples as Ana." + ASK,  # 2.5
+        "Ana has 5 apples. Ben has 7 fewer apples than Ana." + ASK,  # -2
+        "Ana has 999 apples. Ben has 7 times as many apples as Ana." + ASK,  # 6993
+        "Ana has 5 apples. Ben has 3 more apples than Ana. How many apples do Ben and Ben have together?",
+        "Ana has five apples. Ben has 3 more apples than Ana." + ASK,
+        "Ana has ٥ apples. Ben has 3 more apples than Ana." + ASK,
+        "Ana has 5 apples. Ben has 3 more apples than Ana. Thanks." + ASK,
+        "ana has 5 apples. ben has 3 more apples than ana. how many apples does ben have?",
+        "Janet's ducks lay 16 eggs per day. How many eggs does she have?",
+    ],
+)
+def test_other_texts_are_no_problem_of_the_family(text: str) -> None:
+    assert parse(text) is None
+
+
+def test_a_story_of_too_many_steps_is_refused() -> None:
+    names = list(NAMES)
+    chain = [f"{names[0]} has 5 {ITEMS[0]}."]
+    chain += [f"{b} has 2 more {ITEMS[0]} than {a}." for a, b in zip(names, names[1:], strict=False)]
+    for steps in (10, 11):
+        text = " ".join([*chain[: steps + 1], f"How many {ITEMS[0]} does {names[steps]} have?"])
+        assert (parse(text) is None) is (steps > LEVELS[-1])
