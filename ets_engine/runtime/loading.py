@@ -53,7 +53,7 @@ def load_causal_lm(
         config: Device, dtype, and whether code from the checkpoint may run.
 
     Raises:
-        ModelLoadError: unknown path, no safetensors weights, no tokenizer, weights that do not fit.
+        ModelLoadError: unknown path, no safetensors weights, no tokenizer, weights that do not fit or are missing.
         UnsupportedModelError: an architecture that tree attention cannot honour.
     """
     return _load(AutoModelForCausalLM, name_or_path, config or EngineConfig())
@@ -94,14 +94,23 @@ def _load(auto: Any, name_or_path: str, config: EngineConfig) -> tuple[PreTraine
             "tokenizer.save_pretrained(path)"
         ) from error
     try:
-        model = auto.from_pretrained(
-            name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=config.trust_remote_code
+        model, found = auto.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelLoadError(
             f"the weights of {name_or_path!r} cannot be loaded as {auto.__name__}: {_first_line(error)}; "
             "they must be *.safetensors that fit the config"
         ) from error
+    if missing := sorted(found["missing_keys"]):  # transformers would make up random ones
+        raise ModelLoadError(
+            f"{name_or_path!r} has no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}: it is no "
+            f"{type(model).__name__}; give the checkpoint of one"
+        )
     try:
         return model.to(device).eval(), tokenizer
     except torch.cuda.OutOfMemoryError as error:

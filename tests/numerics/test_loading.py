@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaForTokenClassification, PreTrainedTokenizerFast
+from transformers import LlamaForTokenClassification, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
@@ -55,6 +56,22 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")  # pickles are never read
     with pytest.raises(ModelLoadError, match="safetensors"):
         load_causal_lm(str(tmp_path))
+
+
+def test_weights_are_never_made_up(tmp_path: Path) -> None:
+    """A plain language model as a verifier would judge at random."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ModelLoadError, match="no weights for score"):
+        load_token_classifier(str(tmp_path))
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["qwen2"])
+    config.tie_word_embeddings = True
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert load_causal_lm(str(tmp_path))[0].config.tie_word_embeddings
 
 
 def test_unsupported_models_are_refused_before_their_weights_are_read(tmp_path: Path) -> None:
