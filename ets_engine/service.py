@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class ETSEngine:
         policy_format: Its prompt and step boundaries.
         verifier: Runner of the PRM and what it reads, None = every search brings a verifier of its own.
         view: How solution texts map to answers.
-        check_problem: Raises for problems that the models do not know.
+        read_problem: Gives a problem as the models know it, and raises for one that they do not know.
 
     Example:
         >>> with ETSEngine.from_pretrained("reference") as engine:
@@ -61,15 +62,16 @@ class ETSEngine:
         verifier: tuple[Runner, PrmFormat] | None = None,
         *,
         view: StepView | None = None,
-        check_problem: Callable[[str], object] | None = None,
+        read_problem: Callable[[str], str] | None = None,
     ) -> None:
         """See the class."""
         self._format = policy_format
         self._decoder: StepDecoder | None = StepDecoder(policy, policy_format.tokenizer)
         self._verifier = verifier
         self._view: StepView = view or MathView()
-        self._check_problem = check_problem
+        self._read_problem = read_problem
         self._lock = threading.Lock()
+        self._thread: int | None = None  # whose turn it is
         self._names = itertools.count()
 
     @classmethod
@@ -110,7 +112,7 @@ class ETSEngine:
             shape or PolicyFormat.of(tokenizer, ended),
             judge,
             view=ReferenceView() if own else MathView(),
-            check_problem=check_domain if own else None,
+            read_problem=check_domain if own else None,
         )
 
     def search(
@@ -135,29 +137,28 @@ class ETSEngine:
 
         Raises:
             ReferenceDomainError: The shipped models do not know this kind of problem.
-            ContextLengthError: The prompt does not fit the model or the KV budget.
+            ContextLengthError: The prompt does not fit a model or the KV budget.
             ConfigError: Settings contradict each other, or there is no verifier.
+            ProtocolError: The verifier function or the selector broke its contract.
         """
+        began_s = time.perf_counter()
+        self._open_decoder()
         config = config or SearchConfig()
-        if self._check_problem is not None:
-            self._check_problem(problem)
+        prompt = problem if self._read_problem is None else self._read_problem(problem)
         if verifier is None and self._verifier is None:
             raise ConfigError("verifier=None: this engine has no PRM; pass search(..., verifier=function) or load one")
         most = self._format.max_step_tokens
         if most is not None and most < config.max_step_tokens:
-            config = SearchConfig(**{**config.model_dump(), "max_step_tokens": most})
-        with self._lock:
-            if self._decoder is None:
-                raise ETSError("this engine was closed; make another with ETSEngine.from_pretrained")
-            began_s = time.perf_counter()
+            config = config.model_copy(update={"max_step_tokens": most})
+        with self._turn():
             name = next(self._names)
-            policy = TreePolicy(self._decoder, self._format, problem, config, name)
+            policy = TreePolicy(self._open_decoder(), self._format, prompt, config, name)
             judge: PrmVerifier | CallableVerifier
             if verifier is not None:
                 judge = CallableVerifier(verifier, problem)
             else:
                 assert self._verifier is not None
-                judge = PrmVerifier(*self._verifier, problem, name)
+                judge = PrmVerifier(*self._verifier, prompt, name)
             try:
                 tree = _drive(search(config, selector, clock=time.perf_counter), policy, judge, on_event, should_stop)
                 strategy = config.strategy if selector is None else type(selector).__name__
@@ -167,9 +168,30 @@ class ETSEngine:
                 judge.close()
 
     def close(self) -> None:
-        """Give the models' memory back; searches are refused from now on."""
-        with self._lock:
+        """Give the models' memory back, after the searches under way; later ones are refused."""
+        with self._turn():
             self._decoder = self._verifier = None
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The models are this thread's alone.
+
+        Raises:
+            ETSError: They are already: waiting would never end.
+        """
+        if self._thread == threading.get_ident():
+            raise ETSError("a callback of a running search used the same engine; do that after the search")
+        with self._lock:
+            self._thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread = None
+
+    def _open_decoder(self) -> StepDecoder:
+        if self._decoder is None:
+            raise ETSError("this engine was closed; make another with ETSEngine.from_pretrained")
+        return self._decoder
 
     def __enter__(self) -> ETSEngine:
         """Nothing to do."""
@@ -194,14 +216,13 @@ class ETSEngine:
         paths = trajectories(tree, config.reduce)
         answers = [self._view.answer(problem, path.text) for path in paths]
         candidates = rank_answers(paths, answers, self._view.same, config.vote)
-        steps, score = _winner(tree, paths, candidates[0].steps if candidates else None)
+        steps = candidates[0].steps if candidates else _best_steps(tree, paths)
         usage, judged = policy.usage, judge.usage if isinstance(judge, PrmVerifier) else None
-        assert self._decoder is not None
         return SearchResult(
             problem=problem,
             text="".join(step.text for step in steps),
             answer=candidates[0].answer if candidates else None,
-            score=candidates[0].score if candidates else score,
+            score=candidates[0].score if candidates else max((path.score for path in paths), default=0.0),
             steps=steps,
             candidates=candidates[: config.n_candidates],
             finish_reason=_finish_reason(tree, bool(candidates)),
@@ -214,7 +235,7 @@ class ETSEngine:
             kv=KVStats(
                 peak_tokens=usage.peak_tokens,
                 mean_tokens=usage.mean_tokens,
-                bytes_per_token=self._decoder.runner.bytes_per_token,
+                bytes_per_token=self._open_decoder().runner.bytes_per_token,
                 unique_tokens=tree.unique_tokens,
                 path_tokens=tree.path_tokens,
                 published_tokens=tree.published_tokens,
@@ -252,15 +273,22 @@ def _drive(
     should_stop: ShouldStop | None,
 ) -> SearchTree:
     """Run one search; unlike `ets_engine.search.run`, look at `should_stop` between decode steps too."""
+    is_wanted = is_thrown = False
+
+    def stop() -> bool:
+        nonlocal is_wanted
+        is_wanted = is_wanted or (should_stop is not None and should_stop())
+        return is_wanted
+
     try:
         request = next(searching)
         while True:
-            if should_stop is not None and should_stop():
-                should_stop = None
+            if not is_thrown and stop():
+                is_thrown = True
                 request = searching.throw(StopSearch())
             elif isinstance(request, Expand):
                 policy.submit(request.parents, request.children)
-                while (steps := policy.steps()) is None and not (should_stop is not None and should_stop()):
+                while (steps := policy.steps()) is None and not stop():
                     policy.advance()
                 if steps is not None:
                     request = searching.send(steps)
@@ -271,31 +299,24 @@ def _drive(
         return tree
 
 
-def _winner(
-    tree: SearchTree, paths: tuple[Trajectory, ...], winner: tuple[ScoredStep, ...] | None
-) -> tuple[tuple[ScoredStep, ...], float]:
-    """Steps and score to show: the winner's, else the best trajectory's, else the best open path's."""
-    if winner is not None:
-        return winner, winner[-1].score
+def _best_steps(tree: SearchTree, paths: tuple[Trajectory, ...]) -> tuple[ScoredStep, ...]:
+    """Steps to show where there is no answer: the best trajectory's, else the best other path's."""
     if paths:
-        best = max(paths, key=lambda path: path.score)
-        return best.steps, best.score
+        return max(paths, key=lambda path: path.score).steps
     leaf = max(tree.leaves, key=lambda node: (tree[node].step.stop is not StopReason.ERROR, tree[node].step_score))
     nodes = tree.path(leaf)[1:]
-    steps = tuple(ScoredStep(text=n.step.text, score=n.step_score, num_tokens=n.step.num_tokens) for n in nodes)
-    return steps, 0.0
+    return tuple(ScoredStep(text=n.step.text, score=n.step_score, num_tokens=n.step.num_tokens) for n in nodes)
 
 
-def _finish_reason(
-    tree: SearchTree, answered: bool
-) -> Literal["stop", "no_answer", "length", "cancelled", "error"]:
+def _finish_reason(tree: SearchTree, answered: bool) -> Literal["stop", "no_answer", "length", "cancelled", "error"]:
     if tree.stopped:
         return "cancelled"
     if answered:
         return "stop"
     if tree.finished:
         return "no_answer"
-    return "error" if tree.closed and len(tree.stopped_by(StopReason.ERROR)) == len(tree.closed) else "length"
+    all_failed = not tree.frontier and not tree.stopped_by(StopReason.LENGTH)
+    return "error" if all_failed else "length"
 
 
 def _eos_ids(*found: int | list[int] | None) -> frozenset[int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from ets_engine.errors import PoolExhaustedError
+from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.models.formats import PrmFormat
 from ets_engine.runtime import Runner
 
 StepScorer = Callable[[str, Sequence[str]], float]
 """`scorer(problem, steps)`: how good the last of these steps is after the others, in [0, 1]."""
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -49,6 +53,9 @@ class PrmVerifier:
         format: What the PRM reads.
         problem: What is being solved.
         search: Name of this search among those of the runner.
+
+    Raises:
+        ContextLengthError: The problem leaves no room for a step.
     """
 
     def __init__(self, runner: Runner, format: PrmFormat, problem: str, search: Hashable) -> None:
@@ -57,48 +64,68 @@ class PrmVerifier:
         self._format = format
         self._search = search
         self._root_ids = format.root_ids(problem)
+        if len(self._root_ids) >= runner.context_tokens:
+            raise ContextLengthError(
+                f"the verifier reads the problem as {len(self._root_ids)} tokens, its context has "
+                f"{runner.context_tokens}; shorten the problem or take a verifier with a longer context"
+            )
         self._handles: dict[int, int] = {}  # nodes whose KV is held
         self.usage = VerifierUsage()
 
     def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
-        """Probability that all is right up to each step; NaN where the context or the KV pool is too small."""
-        runner, tree, stats = self._runner, self._runner.tree, self._runner.stats
+        """Probability that all is right up to each step; NaN where the context or the KV pool is too small for it."""
+        tree, stats = self._runner.tree, self._runner.stats
         busy_s, moved_bytes = stats.busy_s, stats.bytes_moved
-        scores = {node: float("nan") for node in nodes}
-        try:
-            self._open_root()
-            rows: dict[int, tuple[int, list[int]]] = {}
-            extended: set[int] = set()
+        rows: dict[int, tuple[int, list[int]]] = {}
+        if self._open_root():
             for node, parent, text in zip(nodes, parents, texts, strict=True):
-                above, ids = self._handles.get(parent), self._format.step_ids(text)
-                if above is not None and tree.path_tokens(above) + len(ids) <= runner.context_tokens:
-                    self._handles[node] = tree.fork(above)
-                    rows[node] = (self._handles[node], ids)
-                    extended.add(above)
-            if rows:
-                hidden = runner.extend_last(list(rows.values()))  # [B, hidden]
-                right = runner.logits(hidden).float().softmax(-1)[:, self._format.right]
-                scores |= zip(rows, right.tolist(), strict=True)
-                handles, ids = zip(*rows.values(), strict=True)
-                self._count(handles, sum(map(len, ids)), extended)
-        except PoolExhaustedError:
-            pass  # the branches of this round fail, the search goes on with what it has
+                above, ids = self._handles[parent], self._format.step_ids(text)
+                if tree.path_tokens(above) + len(ids) <= self._runner.context_tokens:
+                    rows[node] = (tree.fork(above), ids)
+        scores = self._read(rows)
+        self._count([rows[node] for node in scores])
+        for node, (handle, _) in rows.items():
+            if node in scores:
+                self._handles[node] = handle
+            else:
+                tree.release(handle)
         self.usage.busy_s += stats.busy_s - busy_s
         self.usage.bytes_moved += stats.bytes_moved - moved_bytes
-        return list(scores.values())
+        return [scores.get(node, float("nan")) for node in nodes]
 
-    def _open_root(self) -> None:
+    def _open_root(self) -> bool:
+        """Read the problem once; whether there was room for it."""
         if self.usage.tokens:
-            return
+            return True
         root = self._runner.tree.root(owner=self._search)
+        try:
+            self._runner.extend_last([(root, self._root_ids)])
+        except PoolExhaustedError:
+            self._runner.tree.release(root)
+            return False
         self._handles[0] = root
-        self._runner.extend_last([(root, self._root_ids)])
         self.usage.tokens = self.usage.path_tokens = len(self._root_ids)
+        return True
 
-    def _count(self, handles: Sequence[int], num_tokens: int, extended: set[int]) -> None:
+    def _read(self, rows: dict[int, tuple[int, list[int]]]) -> dict[int, float]:
+        """Score as many rows as the pool holds, in one batch if it can be."""
+        if not rows:
+            return {}
+        try:
+            hidden = self._runner.extend_last(list(rows.values()))  # [B, hidden]
+        except PoolExhaustedError:
+            if len(rows) == 1:
+                return {}
+            half = len(rows) // 2
+            return self._read(dict(islice(rows.items(), half))) | self._read(dict(islice(rows.items(), half, None)))
+        right = self._runner.logits(hidden).float().softmax(-1)[:, self._format.right]  # [B]
+        return dict(zip(rows, right.tolist(), strict=True))
+
+    def _count(self, rows: Sequence[tuple[int, list[int]]]) -> None:
         usage, tree = self.usage, self._runner.tree
-        usage.path_tokens += sum(map(tree.path_tokens, handles)) - sum(map(tree.path_tokens, extended))
-        usage.tokens += num_tokens
+        extended = {tree.parent(handle) for handle, _ in rows}
+        usage.path_tokens += sum(tree.path_tokens(handle) for handle, _ in rows) - sum(map(tree.path_tokens, extended))
+        usage.tokens += sum(len(ids) for _, ids in rows)
         resident = tree.resident_tokens_of(self._search)
         usage.peak_tokens = max(usage.peak_tokens, resident)
         usage.resident_token_rounds += resident
@@ -137,16 +164,23 @@ class CallableVerifier:
         self._scorer = scorer
         self._problem = problem
         self._paths: dict[int, tuple[str, ...]] = {0: ()}
+        self._has_failed = False
 
     def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
-        """One score per step; NaN where the function raises: that branch has failed, the search goes on."""
+        """One score per step; NaN where the function raises: that branch has failed, the search goes on.
+
+        The first error of a search is logged as a warning.
+        """
         return [self._score(*one) for one in zip(nodes, parents, texts, strict=True)]
 
     def _score(self, node: int, parent: int, text: str) -> float:
         self._paths[node] = (*self._paths[parent], text)
         try:
             return float(self._scorer(self._problem, self._paths[node]))
-        except Exception:
+        except Exception as error:
+            if not self._has_failed:
+                _LOGGER.warning("the verifier function failed on %r: %r; such branches end", text, error)
+            self._has_failed = True
             return float("nan")
 
     def retain(self, leaves: Sequence[int]) -> None:
