@@ -1,0 +1,318 @@
+"""The `ets` command: from options to an engine, from its result to a terminal; it decides nothing about a search."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from ets_engine.errors import ConfigError, ETSError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from ets_engine.config import EngineConfig, SearchConfig
+    from ets_engine.service import ETSEngine
+    from ets_engine.types import SearchResult
+
+EXIT_ANSWER, EXIT_FAILURE, EXIT_USAGE, EXIT_ABORTED = 0, 1, 2, 130
+
+_MODELS, _SEARCH, _OUTPUT = "Models", "Search", "Output"
+_PRICED = ("ets", "ets_kv", "ets_published")
+_COVERING = ("ets", "ets_published")
+
+app = typer.Typer(
+    name="ets",
+    help="Efficient Tree Search: answers from a language model that tries many ways and keeps the good ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the `ets` command."""
+    app()
+
+
+def load_engine(model: str, verifier: str | None, config: EngineConfig) -> ETSEngine:
+    """The engine that searches; this is where torch is imported."""
+    from ets_engine.service import ETSEngine
+
+    return ETSEngine.from_pretrained(model, verifier, config)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ets_engine import __version__
+
+        typer.echo(f"ets {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _ets(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """A group of commands, so that `solve` keeps its name while it is the only one."""
+
+
+def _option(metavar: str, text: str, *, default: object = None) -> Any:
+    """An option; `default` says what its absence means where that is not an empty value."""
+    shown = "" if default is None else f" [default: {default}]"
+    return typer.Option(metavar=metavar, help=text + shown, show_default=False)
+
+
+@app.command(short_help="Solve a problem; show the answer and what it cost.")
+def solve(
+    problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="What to solve; - reads it from standard input.")],
+    model: Annotated[
+        str, _option("NAME", "Model that proposes steps: a folder or a hub name.", default="the shipped one")
+    ] = "reference",
+    verifier: Annotated[
+        str | None,
+        _option("NAME", "Model that scores steps: a folder or a hub name.", default="the shipped model's own"),
+    ] = None,
+    device: Annotated[
+        str, _option("NAME", "Where the models run, e.g. cpu or cuda.", default="cuda where there is one")
+    ] = "auto",
+    strategy: Annotated[
+        str,
+        _option(
+            "NAME",
+            "ets, ets_kv, ets_published, rebase, dora, beam, beam_sqrt, dvts, best_of_n or greedy.",
+            default="ets",
+        ),
+    ] = "ets",
+    width: Annotated[int | None, _option("COUNT", "Trajectories kept alive.", default=16)] = None,
+    seed: Annotated[int, _option("NUMBER", "The same seed gives the same tree.", default=0)] = 0,
+    temperature: Annotated[float | None, _option("NUMBER", "Sampling temperature.", default=1.0)] = None,
+    max_tokens: Annotated[int | None, _option("COUNT", "Most tokens of one solution.", default=1024)] = None,
+    max_step_tokens: Annotated[int | None, _option("COUNT", "Most tokens of one step.", default=256)] = None,
+    lambda_b: Annotated[
+        float | None, _option("NUMBER", "Price of keeping the whole tree in the KV cache.", default=1.0)
+    ] = None,
+    lambda_d: Annotated[float | None, _option("NUMBER", "Worth of keeping every different idea.", default=1.0)] = None,
+    kv_budget: Annotated[
+        int | None, _option("TOKENS", "Most KV tokens of the policy held at once.", default="no limit")
+    ] = None,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Draw the search tree; with --json, include it as `trace`.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON and nothing else.")] = False,
+) -> None:
+    """Solve PROBLEM by tree search and show the answer, its steps and what it cost.
+
+    Ctrl-C ends the search with the best answer so far; a second Ctrl-C aborts.
+
+    Exit codes: 0 an answer, 1 a failure or no answer, 2 bad usage, 130 aborted.
+    """
+    with _one_line_errors():
+        settings = {
+            "strategy": strategy,
+            "width": width,
+            "seed": seed,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "max_step_tokens": max_step_tokens,
+            "lambda_b": lambda_b,
+            "lambda_d": lambda_d,
+            "kv_budget_tokens": kv_budget,
+            "trace": tree,
+        }
+        config = _search_config({name: value for name, value in settings.items() if value is not None})
+        text = _read_problem(problem)
+        _check_models(text, model, verifier)
+        result = _search(text, config, model, verifier, device)
+        _show(result, as_json=json, tree=tree)
+        if result.answer is None:
+            _fail(_no_answer(result), EXIT_FAILURE)
+
+
+def _search_config(given: dict[str, Any]) -> SearchConfig:
+    """Settings from the options that were given, refused before any model is loaded.
+
+    Raises:
+        ConfigError: An option is out of range, contradicts another, or would have no effect.
+    """
+    from ets_engine.config import SearchConfig
+    from ets_engine.search.build import build_selector, effective_width
+
+    config = SearchConfig(**given)
+    build_selector(config)
+    for name, strategies in (("lambda_b", _PRICED), ("lambda_d", _COVERING)):
+        if name in given and config.strategy not in strategies:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} has no effect with strategy {config.strategy!r}: use {', '.join(strategies)}")
+    if "width" in given and config.width != effective_width(config):
+        raise ConfigError(f"--width {config.width} has no effect with strategy 'greedy': it follows one trajectory")
+    if config.strategy == "greedy" and given.get("temperature", 0) > 0:
+        raise ConfigError(f"--temperature {config.temperature:g} has no effect with strategy 'greedy'")
+    return config
+
+
+def _read_problem(problem: str) -> str:
+    """The problem as text.
+
+    Raises:
+        ConfigError: It is empty or not valid UTF-8.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode() if problem == "-" else problem.encode().decode()
+    except UnicodeError:
+        raise ConfigError("PROBLEM is not valid UTF-8 text") from None
+    if not text.strip():
+        raise ConfigError("PROBLEM is empty: say what to solve")
+    return text.strip()
+
+
+def _check_models(text: str, model: str, verifier: str | None) -> None:
+    """Refuse at once what the engine would refuse after loading the models.
+
+    Raises:
+        ConfigError: A model of the caller's needs a verifier.
+        ReferenceDomainError: The shipped models do not know this kind of problem.
+    """
+    from ets_engine.reference import REFERENCE, check_domain
+
+    if model == REFERENCE:
+        check_domain(text)
+    elif verifier is None:
+        raise ConfigError(f"--model {model} needs a model that scores its steps: pass --verifier NAME_OR_PATH")
+
+
+def _search(text: str, config: SearchConfig, model: str, verifier: str | None, device: str) -> SearchResult:
+    """Load the models and search, with progress on standard error where that is a terminal."""
+    from rich.console import Console
+
+    from ets_engine.config import EngineConfig
+    from ets_engine.search.build import effective_width
+    from ets_engine.terminal import LiveProgress
+
+    errors = Console(stderr=True, highlight=False)
+    _quiet_libraries(is_terminal=errors.is_terminal)
+    with _status(errors, "Loading the models"):
+        engine = load_engine(model, verifier, EngineConfig(device=device))
+    with engine, LiveProgress(errors, width=effective_width(config)) as progress, _interruptible() as interrupt:
+
+        def should_stop() -> bool:
+            progress.stopping = interrupt()
+            return progress.stopping
+
+        return engine.search(text, config, on_event=progress.update, should_stop=should_stop)
+
+
+def _show(result: SearchResult, *, as_json: bool, tree: bool) -> None:
+    """Print a result on standard output."""
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2).encode())  # bytes: JSON is UTF-8 whatever the terminal is
+        return
+    from rich.console import Console
+
+    from ets_engine.terminal import result_view, tree_view
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
+    output = Console(highlight=False)
+    output.print(result_view(result))
+    if tree:
+        output.print()
+        output.print(tree_view(result))
+
+
+def _no_answer(result: SearchResult) -> str:
+    match result.finish_reason:
+        case "cancelled":
+            return "no answer: the search was stopped before any trajectory finished"
+        case "error":
+            return f"no answer: every branch failed ({result.num_errors} errors)"
+        case "length":
+            return "no answer: every branch ran out of tokens; raise --max-tokens or --width"
+        case "stop" | "no_answer":
+            return "no answer: no finished trajectory states one; raise --width or try another --seed"
+
+
+@contextmanager
+def _status(errors: Any, message: str) -> Iterator[None]:
+    if not errors.is_terminal:
+        yield
+        return
+    with errors.status(message, spinner="dots" if errors.encoding.startswith("utf") else "line"):
+        yield
+
+
+def _quiet_libraries(*, is_terminal: bool) -> None:
+    """Keep other libraries' notes off standard error, download bars excepted where somebody watches."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not is_terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into an answer to "should I stop?", and let the second end the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield lambda: False
+        return
+    interrupted = False
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            _abort()
+        interrupted = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _abort() -> NoReturn:
+    """Leave without waiting for anything; the cursor, which the progress display hides, comes back."""
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h\n")
+    os._exit(EXIT_ABORTED)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End the process with one line and the right exit code, whatever goes wrong."""
+    try:
+        yield
+    except ETSError as error:
+        _fail(str(error), EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILURE)
+    except KeyboardInterrupt:
+        _fail("aborted", EXIT_ABORTED)
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        if os.environ.get("ETS_TRACEBACK"):
+            raise
+        _fail(f"{type(error).__name__}: {error} (ETS_TRACEBACK=1 shows where)", EXIT_FAILURE)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    from ets_engine.terminal.words import one_line
+
+    typer.echo(f"ets: {one_line(message)}", err=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()
