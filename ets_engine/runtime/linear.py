@@ -1,16 +1,35 @@
-"""Linear layers in bf16 or fp16 on a CPU that has no instructions for them: weights widened to fp32 block by block.
+"""Linear layers on an x86 CPU, faster than torch's own; inference only, weights and results keep their dtype.
 
-Torch then falls back to a slow matrix product. Widening a block of weights that stays in cache and multiplying in fp32
-costs no memory and is at least as exact. On one AVX2 core, 3072 x 768 weights in bf16: 64 rows 4.8 instead of
-31 ms, 8 rows 1.7 instead of 4.3 ms, 4 rows 1.5 instead of 1.9 ms; below that torch's own is faster.
+* With instructions for the dtype: oneDNN on weights laid out for it once. Torch lays bf16 weights out anew on every
+  call, and leaves fp32 to MKL, which runs at half speed on AMD's AVX-512. On one Zen 5 core, 768 x 3072 weights: fp32
+  64 rows 1.3 instead of 3.2 ms, 4 rows 0.11 instead of 0.36 ms; bf16 64 rows 0.61 instead of 0.69 ms, 4 rows 0.08
+  instead of 0.15 ms. With AVX2 alone, fp32 gains 1.2 and 1.8 times.
+* bf16 or fp16 without such instructions: weights widened to fp32 block by block. Torch falls back to a slow product
+  there. Widening a block that stays in cache and multiplying in fp32 costs no memory and is at least as exact. On one
+  AVX2 core, 3072 x 768 weights in bf16: 64 rows 4.8 instead of 31 ms, 8 rows 1.7 instead of 4.3 ms, 4 rows 1.5
+  instead of 1.9 ms; below that torch's own is faster.
 """
 
 from __future__ import annotations
 
 import torch
 
+_PACKED_BYTES = 1 << 29  # the laid-out weights are a copy; a model with more weights runs oneDNN on them as they are
+_MIN_PRODUCTS = 1 << 20  # smaller fp32 products are done before oneDNN has set out (10 us a call)
 _BLOCK_WEIGHTS = 1 << 20  # 4 MB in fp32; 256 rows of 768 are slower (more calls), 4096 rows too (out of cache)
 _MIN_ROWS = 4
+
+
+class OneDnnLinear(torch.nn.Linear):
+    """`torch.nn.Linear` multiplied by oneDNN; `laid_out` holds the weights in its layout, or as they are."""
+
+    laid_out: torch.Tensor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        if input.numel() * self.out_features < _MIN_PRODUCTS and input.dtype == torch.float32:
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.laid_out, self.bias, "none", [], "")
 
 
 class WideningLinear(torch.nn.Linear):
@@ -32,21 +51,29 @@ class WideningLinear(torch.nn.Linear):
 
 
 def speed_up_linears(model: torch.nn.Module) -> int:
-    """Let a model's low-precision linear layers on a slow CPU widen their weights; inference only.
+    """Change a model's linear layers on an x86 CPU to the faster ones; its weights must not change any more.
 
     Returns:
-        Layers changed (count); 0 where torch's own product is fast.
+        Layers changed (count); 0 on another device, or where torch comes without oneDNN.
     """
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+        return 0
+    fast = {
+        torch.float32: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
-    changed = 0
-    for module in model.modules():
-        if type(module) is not torch.nn.Linear or module.weight.device.type != "cpu":
-            continue
-        fast = supported.get(module.weight.dtype)
-        if fast is not None and not fast():
+    linears = [
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype in fast
+    ]
+    copied = sum(module.weight.nbytes for module in linears) <= _PACKED_BYTES
+    for module in linears:
+        if fast[module.weight.dtype]:
+            module.__class__ = OneDnnLinear
+            weight = module.weight.detach()
+            module.laid_out = torch.ops.mkldnn._reorder_linear_weight(weight) if copied else weight
+        else:
             module.__class__ = WideningLinear
-            changed += 1
-    return changed
+    return len(linears)

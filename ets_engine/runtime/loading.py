@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import set_tqdm_hook
 
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ConfigError, ModelLoadError
@@ -94,14 +98,15 @@ def _load(auto: Any, name_or_path: str, config: EngineConfig) -> tuple[PreTraine
             "tokenizer.save_pretrained(path)"
         ) from error
     try:
-        model, found = auto.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        with _without_bars():
+            model, found = auto.from_pretrained(
+                name_or_path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(
             f"the weights of {name_or_path!r} cannot be loaded as {auto.__name__}: {_first_line(error)}; "
             "they must be *.safetensors that fit the config"
@@ -115,6 +120,16 @@ def _load(auto: Any, name_or_path: str, config: EngineConfig) -> tuple[PreTraine
         return model.to(device).eval(), tokenizer
     except torch.cuda.OutOfMemoryError as error:
         raise ModelLoadError(f"{name_or_path!r} does not fit on {device} in {dtype}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No "Loading weights" bar of transformers on the caller's terminal; the hub's download bars stay."""
+    previous = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaForTokenClassification, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from ets_engine.runtime import Runner, load_causal_lm, load_token_classifier
-from ets_engine.runtime.linear import WideningLinear, speed_up_linears
 
 from .conftest import CONFIGS, VOCABULARY, plain_logits, tiny_model
 
@@ -31,6 +32,31 @@ def test_load_and_run(tmp_path: Path) -> None:
     runner = Runner(model)
     logits = runner.logits(runner.extend([(runner.tree.root(), [4, 5, 6])]))
     assert (logits - plain_logits(tiny_model("qwen2"), [4, 5, 6])).abs().max() < 1e-4
+
+
+def test_loading_draws_no_bars_and_leaves_those_of_others_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[str] = []
+
+    def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        drawn.append(kwargs["desc"])
+        return factory(*args, **kwargs)
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    capfd.readouterr()
+    before = logging.set_tqdm_hook(hook)
+    try:
+        load_causal_lm(str(tmp_path), EngineConfig(device="cpu"))
+        assert (drawn, capfd.readouterr().err) == ([], "")
+        (tmp_path / "model.safetensors").write_bytes(b"broken")
+        with pytest.raises(ModelLoadError):
+            load_causal_lm(str(tmp_path), EngineConfig(device="cpu"))
+        assert list(logging.tqdm([1, 2], desc="another's")) == [1, 2]
+        assert drawn == ["another's"] and "another's" in capfd.readouterr().err
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def test_load_a_token_classifier_in_bfloat16(tmp_path: Path) -> None:
@@ -88,22 +114,3 @@ def test_devices_are_checked(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA"):
             load_causal_lm(str(tmp_path), EngineConfig(device="cuda"))
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 70])
-@pytest.mark.parametrize("bias", [False, True])
-def test_widened_linears_are_at_least_as_exact(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ets_engine.runtime.linear._BLOCK_WEIGHTS", 96 * 20)  # several blocks, the last one short
-    layer = torch.nn.Linear(96, 130, bias=bias, dtype=torch.bfloat16)
-    inputs = torch.randn(2, rows, 96, dtype=torch.bfloat16)[:1]
-    exact = torch.nn.functional.linear(inputs.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    plain = layer(inputs)
-    layer.__class__ = WideningLinear
-    with torch.inference_mode():
-        ours = layer(inputs)
-    assert ours.shape == plain.shape and ours.dtype == plain.dtype
-    assert (ours.double() - exact).abs().max() <= (plain.double() - exact).abs().max() * 1.01 + 1e-6
-
-
-def test_fast_linears_stay_as_they_are() -> None:
-    assert speed_up_linears(torch.nn.Sequential(torch.nn.Linear(4, 4))) == 0
