@@ -8,6 +8,7 @@ to notice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from ets_engine.errors import ConfigError
 
 _BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
+_BELOW_ONE = 1 - 2.0**-53
+_LIKELIEST = 128  # tokens that are put in order at first for top-p; more only where they do not reach p
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 takes the likeliest token.
-        top_p, top_k, min_p: Cuts, applied in the order k, p, min; 1.0, 0 and 0.0 switch them off.
+        top_p, top_k, min_p: Cuts, applied in the order k, p, min; 1.0, 0 and 0.0 switch them off. Tokens exactly as
+            likely as the last one kept are kept too.
 
     Raises:
         ConfigError: a value is out of range.
@@ -66,7 +70,7 @@ def uniforms(
     with np.errstate(over="ignore"):
         for part in (seeds, nodes, positions):
             state = _mix(state ^ _mix(np.asarray(part, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
-    return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # exact, so never 0 or 1
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -90,59 +94,76 @@ def sample(
         Token ids [B] (int64), and their log-probabilities [B] (fp32) under the model itself: temperature 1, no cuts.
     """
     logits = logits.float()
-    top, best = logits.max(-1, keepdim=True)
-    if all(one.temperature == 0 for one in params):
-        tokens = best[:, 0]
-        return tokens, (top - logits.logsumexp(-1, keepdim=True))[:, 0]
-    temperatures = torch.tensor([one.temperature or 1.0 for one in params], device=logits.device)[:, None]
-    plain = (logits - top).exp_()
-    log_total = plain.sum(-1).log()
-    weights = plain if bool((temperatures == 1).all()) else ((logits - top) / temperatures).exp_()
-    cut = [i for i, one in enumerate(params) if one.temperature and (one.top_k or one.top_p < 1 or one.min_p)]
+    logprobs = logits.log_softmax(-1)
+    greedy = [row for row, one in enumerate(params) if one.temperature == 0]
+    if len(greedy) == len(params):
+        tokens = logits.argmax(-1)
+    else:
+        tokens = _invert(_weights(logprobs, params), torch.from_numpy(np.asarray(draws)).to(logits.device)[:, None])
+        if greedy:
+            tokens[greedy] = logits[greedy].argmax(-1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def _weights(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """What each token weighs after temperature and cuts. [B, V] -> [B, V]."""
+    temperatures = [one.temperature or 1.0 for one in params]
+    if any(temperature != 1.0 for temperature in temperatures):
+        weights = (logprobs / torch.tensor(temperatures, device=logprobs.device)[:, None]).softmax(-1)
+    else:
+        weights = logprobs.exp()
+    cut = [row for row, one in enumerate(params) if one.temperature and (one.top_k or one.top_p < 1 or one.min_p)]
     if cut:
-        weights = weights.clone()
-        weights[cut] = _cut(weights[cut], [params[i] for i in cut])
-    tokens = _invert(weights, torch.from_numpy(np.asarray(draws)).to(logits.device))
-    greedy = torch.tensor([one.temperature == 0 for one in params], device=logits.device)
-    tokens = torch.where(greedy, best[:, 0], tokens)
-    return tokens, (logits - top).gather(1, tokens[:, None])[:, 0] - log_total
+        part = weights if len(cut) == len(params) else weights[cut]
+        part = part.masked_fill(part < _least(part, [params[row] for row in cut]), 0.0)
+        weights[cut] = part
+    return weights
+
+
+def _least(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The smallest weight that top-k, then top-p, then min-p leave, of rows that sum to 1. [R, V] -> [R, 1].
+
+    It is a value and not a list of tokens, so neither how sorting breaks ties nor the other rows matter.
+    """
+    vocabulary, device = weights.shape[1], weights.device
+    most = min(vocabulary, max(_LIKELIEST, *(one.top_k for one in params)))
+    k = torch.tensor([min(one.top_k or vocabulary, vocabulary) for one in params], device=device)[:, None]
+    p = torch.tensor([one.top_p if one.top_p < 1 else math.inf for one in params], device=device)[:, None].double()
+    floor = torch.tensor([one.min_p for one in params], device=device)[:, None]
+    while True:
+        ordered = weights.topk(most).values
+        upto = ordered.double().cumsum(-1)
+        total = torch.where(k < vocabulary, upto.gather(1, k.clamp_max(most) - 1), 1.0)
+        inside = (torch.arange(most, device=device) < k) & (upto - ordered < p * total)  # likelier ones do not reach p
+        if most == vocabulary or not bool((inside[:, -1:] & (p < 1) & (k > most)).any()):
+            break
+        most = min(vocabulary, 8 * most)
+    last = ordered.gather(1, inside.sum(-1, keepdim=True) - 1)
+    return torch.maximum(torch.where((k < vocabulary) | (p < 1), last, 0.0), floor * ordered[:, :1])
 
 
 def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """The first token at which the running sum of weights passes `draw * total`. [B, V], [B] -> [B].
+    """The token that `draw * total` falls into along the running sum of weights. [B, V], [B, 1] -> [B].
 
-    Sums are in fp64 and by blocks, so that the whole vocabulary is never accumulated.
+    Sums are in fp64, and by blocks where the vocabulary is large, so that not all of it is accumulated.
     """
     rows, vocabulary = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
-    by_block = padded.sum(-1).double().cumsum(-1)  # [B, V / block]
-    target = draws.double() * by_block[:, -1]
-    block = torch.searchsorted(by_block, target[:, None], right=True).clamp_max_(by_block.shape[1] - 1)  # [B, 1]
-    before = torch.where(block > 0, by_block.gather(1, (block - 1).clamp_min(0)), 0.0)
-    inside = padded.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)  # [B, block]
-    offset = torch.searchsorted(inside, target[:, None] - before, right=True)
-    # rounding may push the target past the block's end: take the last token that has any weight
-    last = (
-        _BLOCK - 1 - (inside.diff(dim=1, prepend=inside.new_zeros(rows, 1)) > 0).flip(1).int().argmax(1, keepdim=True)
-    )
-    return (block * _BLOCK + torch.minimum(offset, last))[:, 0]
+    if vocabulary <= _BLOCK:
+        return _pick(weights, draws)[0][:, 0]
+    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    block, draws = _pick(blocks.sum(-1), draws)
+    inside, _ = _pick(blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0], draws)
+    return (block * _BLOCK + inside)[:, 0]
 
 
-def _cut(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Set the weights that top-k, then top-p, then min-p leave out to zero; ties at an edge go to the lower id."""
-    vocabulary = weights.shape[1]
-    most = max(one.top_k or vocabulary for one in params) if all(one.top_k for one in params) else vocabulary
-    most = min(most, vocabulary)
-    ordered, ids = (
-        weights.sort(dim=-1, descending=True, stable=True) if most == vocabulary else weights.topk(most, dim=-1)
-    )
-    rank = torch.arange(most, device=weights.device)[None]
-    k = torch.tensor([one.top_k or vocabulary for one in params], device=weights.device)[:, None]
-    p = torch.tensor([one.top_p for one in params], dtype=torch.float64, device=weights.device)[:, None]
-    floor = torch.tensor([one.min_p for one in params], device=weights.device)[:, None]
-    ordered = ordered.masked_fill(rank >= k, 0.0)
-    running = ordered.double().cumsum(-1)
-    reached_before = (running - ordered.double()) >= p * running[:, -1:]  # the likelier tokens reach p without this one
-    drop = (reached_before & (p < 1)) | (ordered < floor * ordered[:, :1])
-    drop[:, 0] = False
-    return torch.zeros_like(weights).scatter_(1, ids, ordered.masked_fill(drop, 0.0))
+def _pick(weights: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entry, of positive weight, that `draw * total` falls into, and how far into it. [B, N], [B, 1] -> [B, 1] x 2.
+
+    Draws are in [0, 1 - 2**-53], the second result too.
+    """
+    upto = weights.double().cumsum(-1)
+    target = draws * upto[:, -1:]  # below the total, whatever the rounding
+    entry = torch.searchsorted(upto, target, right=True)
+    weight = weights.gather(1, entry)
+    before = upto.gather(1, entry) - weight
+    return entry, ((target - before) / weight).clamp_(0.0, _BELOW_ONE)

@@ -30,15 +30,45 @@ LOGITS = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
         (SamplingParams(temperature=0.0), [0, 1, 0, 0]),
         (SamplingParams(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
         (SamplingParams(top_k=2), [0, 4 / 7, 0, 3 / 7]),
-        (SamplingParams(top_p=0.7), [0, 4 / 7, 0, 3 / 7]),
+        (SamplingParams(top_p=0.69), [0, 4 / 7, 0, 3 / 7]),
         (SamplingParams(top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9]),
         (SamplingParams(top_p=1e-9), [0, 1, 0, 0]),
         (SamplingParams(min_p=0.3), [0, 4 / 9, 2 / 9, 3 / 9]),
-        (SamplingParams(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),
+        (SamplingParams(top_k=3, top_p=0.77), [0, 4 / 7, 0, 3 / 7]),  # 0.7 of the 0.9 that top-k leaves
+        (SamplingParams(top_k=3, top_p=0.78), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (SamplingParams(temperature=0.5, top_p=0.83, min_p=0.5), [0, 16 / 25, 0, 9 / 25]),
     ],
 )
 def test_frequencies(params: SamplingParams, expected: list[float]) -> None:
     assert counts(LOGITS, params) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("params", [SamplingParams(top_p=0.9), SamplingParams(top_k=300, top_p=0.95, min_p=0.01)])
+def test_cuts_in_a_large_vocabulary_keep_what_their_definition_says(spread: float, params: SamplingParams) -> None:
+    """The nucleus of the flat rows is far larger than the part of the vocabulary that is put in order at first."""
+    logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(2))
+    for row in logits:
+        order = row.double().softmax(-1).sort(descending=True)
+        kept = order.values[: params.top_k or None]
+        kept = kept[(kept.cumsum(-1) - kept) < params.top_p * kept.sum()]
+        kept = kept[kept >= params.min_p * kept[0]]
+        expected = torch.zeros(5000, dtype=torch.float64).scatter_(0, order.indices[: len(kept)], kept)
+        seen = counts(row.tolist(), params, draws=4000)
+        assert np.abs(seen - (expected / expected.sum()).numpy()).max() < 5e-4
+        assert not seen[expected.numpy() == 0].any()
+
+
+def test_tokens_that_tie_at_the_edge_of_a_cut_stay_whoever_shares_the_batch() -> None:
+    """Low-precision logits tie often; which of two ties a sort puts first changes with the batch."""
+    logits = torch.tensor([[0.0, 1.0, 0.0, 0.0, -9.0]])
+    grid = (np.arange(400) + 0.5) / 400
+    for params in (SamplingParams(top_k=2), SamplingParams(top_p=0.6)):
+        alone = sample(logits.expand(400, -1), [params] * 400, grid)[0]
+        assert sorted({*alone.tolist()}) == [0, 1, 2, 3]
+        other = SamplingParams(top_k=4, min_p=0.1)
+        mixed = sample(logits.expand(800, -1), [params] * 400 + [other] * 400, np.concatenate([grid, grid]))[0]
+        assert torch.equal(mixed[:400], alone)
 
 
 def test_a_large_vocabulary_is_sampled_by_blocks_without_bias() -> None:
