@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ets_engine.answers import MathView, ReferenceView
 from ets_engine.config import EngineConfig, SearchConfig
-from ets_engine.errors import ConfigError, ETSError
+from ets_engine.errors import ConfigError, ETSError, ModelLoadError
 from ets_engine.models import CallableVerifier, PolicyFormat, PrmFormat, PrmVerifier, StepScorer, TreePolicy
 from ets_engine.protocols import Selector, StepView
 from ets_engine.reference import REFERENCE, check_domain, policy_path, prm_path
@@ -106,6 +106,8 @@ class ETSEngine:
         judge: tuple[Runner, PrmFormat] | None = None
         if verifier is not None:
             prm, prm_tokenizer = load_token_classifier(prm_path() if verifier == REFERENCE else verifier, config)
+            if prm.config.num_labels != 2:
+                raise ModelLoadError(f"verifier={verifier!r} has {prm.config.num_labels} labels, a PRM has 2: wrong, right")
             judge = Runner(prm, config, verify=verifier != REFERENCE), PrmFormat(prm_tokenizer)
         return cls(
             policy,
