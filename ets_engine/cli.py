@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -118,7 +118,7 @@ def solve(
 
     Exit codes: 0 an answer, 1 a failure or no answer, 2 bad usage, 130 aborted.
     """
-    with _one_line_errors():
+    with _Interrupts() as interrupts, _one_line_errors():
         settings = {
             "strategy": strategy,
             "width": width,
@@ -134,7 +134,7 @@ def solve(
         config = _search_config({name: value for name, value in settings.items() if value is not None})
         text = _read_problem(problem)
         _check_models(text, model, verifier)
-        result = _search(text, config, model, verifier, device)
+        result = _search(text, config, interrupts, model=model, verifier=verifier, device=device)
         _show(result, as_json=json, tree=tree)
         if result.answer is None:
             _fail(_no_answer(result), EXIT_FAILURE)
@@ -192,7 +192,9 @@ def _check_models(text: str, model: str, verifier: str | None) -> None:
         raise ConfigError(f"--model {model} needs a model that scores its steps: pass --verifier NAME_OR_PATH")
 
 
-def _search(text: str, config: SearchConfig, model: str, verifier: str | None, device: str) -> SearchResult:
+def _search(
+    text: str, config: SearchConfig, interrupts: _Interrupts, *, model: str, verifier: str | None, device: str
+) -> SearchResult:
     """Load the models and search, with progress on standard error where that is a terminal."""
     from rich.console import Console
 
@@ -204,13 +206,17 @@ def _search(text: str, config: SearchConfig, model: str, verifier: str | None, d
     _quiet_libraries(is_terminal=errors.is_terminal)
     with _status(errors, "Loading the models"):
         engine = load_engine(model, verifier, EngineConfig(device=device))
-    with engine, LiveProgress(errors, width=effective_width(config)) as progress, _interruptible() as interrupt:
+    with engine, LiveProgress(errors, width=effective_width(config)) as progress:
 
         def should_stop() -> bool:
-            progress.stopping = interrupt()
-            return progress.stopping
+            progress.stopping = interrupts.asked
+            return interrupts.asked
 
-        return engine.search(text, config, on_event=progress.update, should_stop=should_stop)
+        interrupts.searching = True
+        try:
+            return engine.search(text, config, on_event=progress.update, should_stop=should_stop)
+        finally:
+            interrupts.searching = False
 
 
 def _show(result: SearchResult, *, as_json: bool, tree: bool) -> None:
@@ -232,15 +238,11 @@ def _show(result: SearchResult, *, as_json: bool, tree: bool) -> None:
 
 
 def _no_answer(result: SearchResult) -> str:
-    match result.finish_reason:
-        case "cancelled":
-            return "no answer: the search was stopped before any trajectory finished"
-        case "error":
-            return f"no answer: every branch failed ({result.num_errors} errors)"
-        case "length":
-            return "no answer: every branch ran out of tokens; raise --max-tokens or --width"
-        case "stop" | "no_answer":
-            return "no answer: no finished trajectory states one; raise --width or try another --seed"
+    from ets_engine.terminal import no_answer_reason
+
+    hints = {"length": "raise --max-tokens or --width", "no_answer": "raise --width or try another --seed"}
+    hint = hints.get(result.finish_reason)
+    return f"no answer: {no_answer_reason(result)}" + (f"; {hint}" if hint else "")
 
 
 @contextmanager
@@ -262,31 +264,36 @@ def _quiet_libraries(*, is_terminal: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into an answer to "should I stop?", and let the second end the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
-        yield lambda: False
-        return
-    interrupted = False
+class _Interrupts:
+    """What Ctrl-C means: during a search first "stop and show the best so far"; otherwise "leave at once".
 
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if interrupted:
+    Only the main thread may handle signals; elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.searching = False
+        self.asked = False
+        self._owns_signals = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Interrupts:
+        if self._owns_signals:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._owns_signals:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.asked or not self.searching:
             _abort()
-        interrupted = True
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self.asked = True
 
 
 def _abort() -> NoReturn:
     """Leave without waiting for anything; the cursor, which the progress display hides, comes back."""
-    if os.isatty(2):
-        os.write(2, b"\x1b[?25h\n")
+    restore = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""
+    os.write(2, restore + b"ets: aborted\n")
     os._exit(EXIT_ABORTED)
 
 
@@ -297,8 +304,6 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except ETSError as error:
         _fail(str(error), EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILURE)
-    except KeyboardInterrupt:
-        _fail("aborted", EXIT_ABORTED)
     except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:

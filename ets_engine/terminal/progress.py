@@ -20,13 +20,20 @@ _FRAMES_PER_S = 8
 
 
 def progress_view(
-    event: SearchEvent | None, *, elapsed_s: float, width: int, stopping: bool = False, ascii_only: bool = False
+    event: SearchEvent | None,
+    *,
+    elapsed_s: float,
+    event_s: float = 0.0,
+    width: int,
+    stopping: bool = False,
+    ascii_only: bool = False,
 ) -> RenderableType:
-    """A few calm lines about a search under way.
+    """A few calm lines about a search under way; one line until its first depth is done.
 
     Args:
-        event: The last event, None while the prompt is read.
+        event: The last event, None before the first.
         elapsed_s: Since the search was asked for.
+        event_s: From then to the last event: the time over which its tokens were generated.
         width: Trajectories that the search keeps alive.
         stopping: Whether the caller asked it to stop.
         ascii_only: Whether the terminal knows nothing else.
@@ -34,7 +41,7 @@ def progress_view(
     frames, dot = (_FRAMES_ASCII, "-") if ascii_only else (_FRAMES, "·")
     if stopping:
         title = "Stopping: the best so far follows (Ctrl-C again aborts)"
-    elif event is None or event.kind == "start":
+    elif event is None or event.depth == 0:
         title = "Searching"
     else:
         title = f"Searching {dot} depth {event.depth}"
@@ -44,13 +51,13 @@ def progress_view(
     head.add_column(justify="right", no_wrap=True)
     spinner = frames[int(elapsed_s * _FRAMES_PER_S) % len(frames)]
     head.add_row(Text(spinner, "cyan"), Text(title, "bold"), Text(seconds(elapsed_s), "dim"))
-    if event is None:
+    if event is None or event.depth == 0:
         return head
 
     body = Table.grid(expand=True, padding=(0, 2, 0, 0))
     body.add_column(width=8, no_wrap=True, style="dim")
     body.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    rate = f" ({count(event.generated_tokens / elapsed_s)} tokens/s)" if elapsed_s > 0 else ""
+    rate = f" ({count(event.generated_tokens / event_s)} tokens/s)" if event_s > 0 else ""
     body.add_row(
         "frontier",
         _facts((event.frontier, "open"), (event.kept, "kept"), (event.pruned, "pruned"), dot=dot)
@@ -82,6 +89,7 @@ class LiveProgress:
         self._clock = clock
         self._started_s = clock()
         self._event: SearchEvent | None = None
+        self._event_s = 0.0
         self.stopping = False
         self._live = Live(
             self, console=console, transient=True, refresh_per_second=_FRAMES_PER_S, redirect_stdout=False
@@ -99,6 +107,7 @@ class LiveProgress:
 
     def update(self, event: SearchEvent) -> None:
         """Show this event from the next refresh on."""
+        self._event_s = self._clock() - self._started_s
         self._event = event
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -106,6 +115,7 @@ class LiveProgress:
         yield progress_view(
             self._event,
             elapsed_s=self._clock() - self._started_s,
+            event_s=self._event_s,
             width=self._width,
             stopping=self.stopping,
             ascii_only=options.ascii_only,

@@ -31,6 +31,22 @@ def result_view(result: SearchResult) -> RenderableType:
     return _Report(result)
 
 
+def no_answer_reason(result: SearchResult) -> str:
+    """Why a result has no answer, in half a sentence."""
+    finished = plural(result.trajectories, "trajectory", "trajectories") + " finished"
+    match result.finish_reason:
+        case "cancelled" if not result.trajectories:
+            return "stopped before any trajectory finished"
+        case "cancelled":
+            return f"stopped early: {finished}, none with a legible answer"
+        case "error":
+            return f"every branch failed ({plural(result.num_errors, 'error')})"
+        case _ if result.trajectories:
+            return f"{finished}, none with a legible answer"
+        case _:
+            return "every branch ran out of tokens"
+
+
 @dataclass(frozen=True, slots=True)
 class _Report:
     result: SearchResult
@@ -60,7 +76,7 @@ class _Report:
 
 def _answer(result: SearchResult, dot: str) -> RenderableType:
     if result.answer is None:
-        lines = [Text("none", "bold red"), Text(_why_no_answer(result), "dim")]
+        lines = [Text("none", "bold red"), Text(no_answer_reason(result), "dim")]
         return Group(*lines)
     lines = [Text(clean(result.answer).strip(), "bold green")]
     support = [f"score {result.score:.2f}"]
@@ -74,18 +90,6 @@ def _answer(result: SearchResult, dot: str) -> RenderableType:
     return Group(*lines)
 
 
-def _why_no_answer(result: SearchResult) -> str:
-    match result.finish_reason:
-        case "cancelled":
-            return "stopped before any trajectory finished"
-        case "error":
-            return f"every branch failed ({plural(result.num_errors, 'error')})"
-        case _ if result.trajectories:
-            return f"{plural(result.trajectories, 'trajectory', 'trajectories')} finished, none with a legible answer"
-        case _:
-            return "no trajectory finished"
-
-
 def _steps(result: SearchResult, ascii_only: bool) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(justify="right", style="dim")
@@ -95,7 +99,7 @@ def _steps(result: SearchResult, ascii_only: bool) -> Table:
     for number, step in enumerate(result.steps, start=1):
         table.add_row(
             str(number),
-            Text(clean(step.text).strip()),
+            Text(text) if (text := clean(step.text).strip()) else Text("(no text)", "dim italic"),
             score_bar(step.score, ascii_only=ascii_only),
             Text(f"{step.score:.2f}", score_style(step.score)),
         )

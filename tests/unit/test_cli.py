@@ -32,6 +32,7 @@ from ets_engine.testing import FakePolicy, HashEmbedder, TableVerifier
 from ets_engine.types import Candidate, SearchResult, Timing
 
 ROOT = Path(ets_engine.__file__).parents[1]
+NO_ANSWER = {"answer": None, "candidates": (), "trajectories": 0}
 PROBLEM = "Use 4, 6, 10 and 19 to make 16."
 
 
@@ -187,7 +188,7 @@ def test_json_with_tree_holds_the_trace_and_draws_nothing(ets):
 
 
 def test_json_of_a_search_without_an_answer_is_whole_too(ets):
-    done = ets(PROBLEM, "--json", engine=FakeEngine(answer=None, candidates=(), finish_reason="length"))
+    done = ets(PROBLEM, "--json", engine=FakeEngine(**NO_ANSWER, finish_reason="length"))
     assert done.exit_code == 1
     assert SearchResult.model_validate_json(done.stdout).answer is None
     assert done.stderr == "ets: no answer: every branch ran out of tokens; raise --max-tokens or --width\n"
@@ -266,10 +267,14 @@ def test_an_unforeseen_error_is_one_line_unless_its_traceback_is_wanted(ets, mon
 
 @pytest.mark.parametrize(
     ("reason", "said"),
-    [("cancelled", "stopped before"), ("error", "every branch failed"), ("no_answer", "no finished trajectory")],
+    [
+        ("cancelled", "stopped before"),
+        ("error", "every branch failed"),
+        ("no_answer", "; raise --width or try another"),
+    ],
 )
 def test_no_answer_exits_1_and_still_shows_what_it_cost(ets, reason, said):
-    done = ets(PROBLEM, engine=FakeEngine(answer=None, candidates=(), finish_reason=reason))
+    done = ets(PROBLEM, engine=FakeEngine(**NO_ANSWER, finish_reason=reason))
     assert done.exit_code == 1
     assert done.stderr.startswith("ets: no answer: ") and done.stderr.count("\n") == 1 and said in done.stderr
     assert "Bandwidth" in done.stdout
@@ -365,12 +370,12 @@ def test_ctrl_c_prints_the_best_so_far_and_exits_0(start):
 
 
 def test_ctrl_c_before_anything_finished_exits_1(start):
-    process = start(answer=None, candidates=())
+    process = start(**NO_ANSWER)
     assert process.stderr.readline() == "searching\n"
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert stderr.splitlines()[1:] == ["ets: no answer: the search was stopped before any trajectory finished"]
+    assert stderr.splitlines()[1:] == ["ets: no answer: stopped before any trajectory finished"]
 
 
 def test_a_second_ctrl_c_aborts_at_once(start):
@@ -381,7 +386,7 @@ def test_a_second_ctrl_c_aborts_at_once(start):
         process.wait(timeout=0.5)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert (process.returncode, stdout, stderr) == (130, "", "ets: aborted\n")
 
 
 def test_ctrl_c_while_the_models_load_aborts(start):

@@ -154,10 +154,11 @@ def test_result_stopped_early_says_so():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"finish_reason": "cancelled"}, "stopped before any trajectory finished"),
+        ({"finish_reason": "cancelled", "trajectories": 0}, "stopped before any trajectory finished"),
+        ({"finish_reason": "cancelled"}, "stopped early: 1 trajectory finished, none with a legible answer"),
         ({"finish_reason": "error", "num_errors": 3}, "every branch failed (3 errors)"),
         ({"finish_reason": "no_answer", "trajectories": 1}, "1 trajectory finished, none with a legible answer"),
-        ({"finish_reason": "length", "trajectories": 0}, "no trajectory finished"),
+        ({"finish_reason": "length", "trajectories": 0}, "every branch ran out of tokens"),
     ],
 )
 def test_result_without_an_answer_says_why_and_shows_the_best_path(changes, reason):
@@ -167,6 +168,11 @@ def test_result_without_an_answer_says_why_and_shows_the_best_path(changes, reas
     assert line_with(lines, reason)
     assert line_with(lines, "Best path").split()[2:5] == ["1", "so", "4"]
     assert not any("Runner" in line for line in lines)
+
+
+def test_a_step_without_text_is_told_as_such():
+    steps = [{"text": "\n", "score": 0.5, "num_tokens": 1}]
+    assert line_with(drawn(result_view(scripted([("so 4", 2, END)], steps=steps))), "1  (no text)")
 
 
 def test_many_runners_up_are_cut_short():
@@ -399,8 +405,8 @@ EVENT = {
 
 
 def test_progress_says_where_the_search_is():
-    lines = drawn(progress_view(SearchEvent(**EVENT), elapsed_s=12.5, width=16))
-    assert lines[0].split() == ["⠋", "Searching", "·", "depth", "3", "12.5", "s"]
+    lines = drawn(progress_view(SearchEvent(**EVENT), elapsed_s=25.0, event_s=12.5, width=16))
+    assert lines[0].split() == ["⠋", "Searching", "·", "depth", "3", "25.0", "s"]
     assert [line.split(maxsplit=1)[1] for line in lines[1:4]] == [
         "12 open · 5 kept · 7 pruned · best score 0.93",
         "2 of 16",
@@ -412,9 +418,21 @@ def test_progress_says_where_the_search_is():
 
 
 def test_progress_before_anything_happened_and_while_stopping():
-    assert len(drawn(progress_view(None, elapsed_s=0.0, width=16))) == 1
+    begun = SearchEvent.model_validate({**EVENT, "kind": "start", "depth": 0})
+    for event in (None, begun):
+        assert [line.split() for line in drawn(progress_view(event, elapsed_s=0.5, width=16))] == [
+            ["⠼", "Searching", "500", "ms"]
+        ]
     stopping = drawn(progress_view(SearchEvent(**EVENT), elapsed_s=0.0, width=16, stopping=True))
     assert "Stopping" in stopping[0] and "Ctrl-C again aborts" in stopping[0]
+
+
+def test_live_progress_rates_tokens_over_the_time_in_which_they_came():
+    times_s = iter([10.0, 15.0, 99.0])  # made, told, drawn
+    progress = LiveProgress(Console(file=io.StringIO()), width=16, clock=lambda: next(times_s))
+    progress.update(SearchEvent(**EVENT))
+    lines = drawn(progress)
+    assert line_with(lines, "240 tokens/s") and lines[0].endswith("1 min 29 s")
 
 
 def test_live_progress_draws_on_a_terminal_and_leaves_nothing_elsewhere():
