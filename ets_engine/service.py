@@ -107,7 +107,7 @@ class ETSEngine:
         if verifier is not None:
             prm, prm_tokenizer = load_token_classifier(prm_path() if verifier == REFERENCE else verifier, config)
             if prm.config.num_labels != 2:
-                raise ModelLoadError(f"verifier={verifier!r} has {prm.config.num_labels} labels, a PRM has 2: wrong, right")
+                raise ModelLoadError(f"verifier={verifier!r} has {prm.config.num_labels} labels, a PRM has 2")
             judge = Runner(prm, config, verify=verifier != REFERENCE), PrmFormat(prm_tokenizer)
         return cls(
             policy,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ets_engine.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyFormat:
@@ -55,11 +57,22 @@ class PrmFormat:
         tokenizer: The PRM's.
         separator: Ends every step; must be the one of the PRM's training.
         right: Index of the class that says that all is right so far.
+
+    Raises:
+        ConfigError: The tokenizer drops the separator.
     """
 
     tokenizer: PreTrainedTokenizerBase
     separator: str = "\n"
     right: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a separator without a token, which would leave steps without a mark."""
+        if not encode(self.tokenizer, self.separator):
+            raise ConfigError(
+                f"separator={self.separator!r}: {type(self.tokenizer).__name__} has no token for it, so there is no "
+                "place to read a score at; load the tokenizer of the PRM's training"
+            )
 
     def root_ids(self, problem: str) -> list[int]:
         """Ids above the first step."""

@@ -81,14 +81,12 @@ class PrmVerifier:
             for node, parent, text in zip(nodes, parents, texts, strict=True):
                 above, ids = self._handles[parent], self._format.step_ids(text)
                 if tree.path_tokens(above) + len(ids) <= self._runner.context_tokens:
-                    rows[node] = (tree.fork(above), ids)
+                    self._handles[node] = tree.fork(above)
+                    rows[node] = (self._handles[node], ids)
         scores = self._read(rows)
         self._count([rows[node] for node in scores])
-        for node, (handle, _) in rows.items():
-            if node in scores:
-                self._handles[node] = handle
-            else:
-                tree.release(handle)
+        for node in rows.keys() - scores.keys():
+            tree.release(self._handles.pop(node))
         self.usage.busy_s += stats.busy_s - busy_s
         self.usage.bytes_moved += stats.bytes_moved - moved_bytes
         return [scores.get(node, float("nan")) for node in nodes]
@@ -97,13 +95,12 @@ class PrmVerifier:
         """Read the problem once; whether there was room for it."""
         if self.usage.tokens:
             return True
-        root = self._runner.tree.root(owner=self._search)
+        self._handles[0] = self._runner.tree.root(owner=self._search)
         try:
-            self._runner.extend_last([(root, self._root_ids)])
+            self._runner.extend_last([(self._handles[0], self._root_ids)])
         except PoolExhaustedError:
-            self._runner.tree.release(root)
+            self._runner.tree.release(self._handles.pop(0))
             return False
-        self._handles[0] = root
         self.usage.tokens = self.usage.path_tokens = len(self._root_ids)
         return True
 

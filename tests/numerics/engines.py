@@ -61,5 +61,5 @@ def save_policy(folder: Path) -> str:
 
 
 def save_prm(folder: Path) -> str:
-    """A PRM of another architecture."""
-    return save(folder, tiny_prm("qwen2"))
+    """A PRM of other weights and more KV heads; transformers loads a Qwen folder with its own tokenizer."""
+    return save(folder, tiny_prm("llama"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ets_engine.errors import ConfigError
 from ets_engine.models import PolicyFormat, PrmFormat
 from ets_engine.models.formats import begin_ids, encode
 
@@ -70,13 +74,20 @@ def test_the_prm_reads_steps_and_separators() -> None:
     assert (format.separator, format.right) == ("\n", 1)
     assert format.root_ids(QUESTION) == [*ids("<bos>"), *QUESTION_IDS, *ids("\n")]
     step = ids("So", " it", " is", " ", "2", "\n")
-    assert format.step_ids("So it is 2\n") == format.step_ids(" So it is 2") == format.step_ids("So it is 2\n\n") == step
+    assert (
+        format.step_ids("So it is 2\n") == format.step_ids(" So it is 2") == format.step_ids("So it is 2\n\n") == step
+    )
     assert format.step_ids("\n\n") == ids("\n"), "a step without text still has its mark"
 
 
 def test_the_mark_is_the_last_id_of_the_separator() -> None:
     format = PrmFormat(words(), separator="\n\n.")
     assert format.step_ids("So")[-3:] == ids("\n", "\n", ".")
+
+
+def test_a_separator_without_a_token_is_refused() -> None:
+    with pytest.raises(ConfigError, match="separator"):
+        PrmFormat(pairs(), separator="#")
 
 
 def test_pieces_are_never_merged() -> None:
@@ -93,4 +104,4 @@ def test_a_path_of_steps_is_what_the_shipped_prm_was_trained_on() -> None:
     tokenizer = words()
     format = PrmFormat(tokenizer)
     pieces = [format.root_ids(QUESTION), *map(format.step_ids, ["So it is 2\n", "So is 2"])]
-    assert sum(pieces, []) == tokenizer(f"{QUESTION}\nSo it is 2\nSo is 2\n")["input_ids"]
+    assert [*itertools.chain(*pieces)] == tokenizer(f"{QUESTION}\nSo it is 2\nSo is 2\n")["input_ids"]

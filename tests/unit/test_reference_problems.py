@@ -30,7 +30,9 @@ from ets_engine.reference.problems import draw
 
 HUNDRED = "Use 4, 6, 10 and 19 to make 100."
 SOLUTION = "19-4=15 left 6 10 15\n15*6=90 left 10 90\n90+10=100"
-STORY = "Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has 2 times as many eggs as Ben. How many eggs does Cara have?"
+STORY = (
+    "Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has 2 times as many eggs as Ben. How many eggs does Cara have?"
+)
 STORY_SOLUTION = "Ben has 4+3=7\nCara has 7*2=14. Answer: 14"
 
 
@@ -72,8 +74,12 @@ def test_fresh_problems(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("chess", None, 0, 1), "chess"), (("countdown", 3, 0, 1), "level=3"), (("story", 2, 0, -1), "level=2")]
-    + [(("story", None, 0, -1), "count=-1")],
+    [
+        (("chess", None, 0, 1), "chess"),
+        (("countdown", 3, 0, 1), "level=3"),
+        (("story", 2, 0, 1), "level=2"),
+        (("story", None, 0, -1), "count=-1"),
+    ],
 )
 def test_bad_arguments_are_refused_at_once(arguments: tuple[str, int | None, int, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -96,7 +102,14 @@ def test_canonical() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "What is 1+1?", "Use 1, 2 and 3 to make 6.", "Use 1, 2, 3, 4, 5, 6 and 7 to make 28.", STORY + " Why?", "x" * 5000],
+    [
+        "",
+        "What is 1+1?",
+        "Use 1, 2 and 3 to make 6.",
+        "Use 1, 2, 3, 4, 5, 6 and 7 to make 28.",
+        STORY + " Why?",
+        "x" * 5000,
+    ],
 )
 def test_other_problems_are_refused_with_a_way_out(text: str) -> None:
     for function in (family_of, canonical, check_domain):

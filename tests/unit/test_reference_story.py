@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -157,7 +158,9 @@ def test_the_right_solution() -> None:
     problem = problem_of(TEXT)
     assert problem.answer() == 114 and is_solved(problem, RIGHT)
     assert is_solved(problem, [RIGHT[0], RIGHT[2], RIGHT[1], *RIGHT[3:]]), "another order of people"
-    assert is_solved(problem, [RIGHT[0], "Cara has 9+42=51", "total 51+42=93", RIGHT[2], RIGHT[4]]), "sides, and a sum early"
+    assert is_solved(problem, [RIGHT[0], "Cara has 9+42=51", "total 51+42=93", RIGHT[2], RIGHT[4]]), (
+        "sides, and a sum early"
+    )
     needless = problem_of(TEXT.replace("Ben, Cara and Eva have together", "Cara have").replace("do C", "does C"))
     assert is_solved(needless, [RIGHT[0], "Eva has 42/2=21", "Cara has 42+9=51. Answer: 51"]), "needless, but right"
 
@@ -203,8 +206,10 @@ def test_incomplete_and_overlong_solutions() -> None:
     for trailing in ("done", "Answer: 114", RIGHT[-1], "Dan has 5+0=5"):
         assert check_steps(problem, [*RIGHT, trailing]) == [True] * len(RIGHT) + [False]
         assert not is_solved(problem, [*RIGHT, trailing])
-    one = problem_of("Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has 2 times as many eggs as Ana. How many eggs does Ben have?")
-    assert check_steps(one, ["Ben has 4+3=7. Answer: 7", "Cara has 4*2=8"]) == [True, False], "nothing after the answer"
+    one = problem_of(
+        "Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has half as many eggs as Ana. How many eggs does Ben have?"
+    )
+    assert check_steps(one, ["Ben has 4+3=7. Answer: 7", "Cara has 4/2=2"]) == [True, False], "nothing after the answer"
 
 
 def test_answer() -> None:
@@ -237,7 +242,7 @@ ASK = " How many apples does Ben have?"
         "Ana has 999 apples. Ben has 7 times as many apples as Ana." + ASK,  # 6993
         "Ana has 5 apples. Ben has 3 more apples than Ana. How many apples do Ben and Ben have together?",
         "Ana has five apples. Ben has 3 more apples than Ana." + ASK,
-        "Ana has ٥ apples. Ben has 3 more apples than Ana." + ASK,
+        "Ana has \N{ARABIC-INDIC DIGIT FIVE} apples. Ben has 3 more apples than Ana." + ASK,
         "Ana has 5 apples. Ben has 3 more apples than Ana. Thanks." + ASK,
         "ana has 5 apples. ben has 3 more apples than ana. how many apples does ben have?",
         "Janet's ducks lay 16 eggs per day. How many eggs does she have?",
@@ -250,7 +255,7 @@ def test_other_texts_are_no_problem_of_the_family(text: str) -> None:
 def test_a_story_of_too_many_steps_is_refused() -> None:
     names = list(NAMES)
     chain = [f"{names[0]} has 5 {ITEMS[0]}."]
-    chain += [f"{b} has 2 more {ITEMS[0]} than {a}." for a, b in zip(names, names[1:], strict=False)]
+    chain += [f"{b} has 2 more {ITEMS[0]} than {a}." for a, b in pairwise(names)]
     for steps in (10, 11):
         text = " ".join([*chain[: steps + 1], f"How many {ITEMS[0]} does {names[steps]} have?"])
         assert (parse(text) is None) is (steps > LEVELS[-1])
