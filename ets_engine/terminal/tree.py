@@ -15,6 +15,7 @@ from ets_engine.terminal.fold import Fate, Row, best_path, fate_of, tree_rows
 from ets_engine.terminal.words import count, most, one_line, score_style
 from ets_engine.types import LeafVerdict, SearchResult, TraceNode
 
+_NARROW = 72  # cells below which only score and share stand beside the text
 _WIDE = 110  # cells from which on there is room for the reasons in words
 _GUIDE_CELLS = 24  # deeper guides lose their left part, so that there is always room for the text
 
@@ -104,6 +105,8 @@ class _Tree:
         on_path = best_path(self.trace, self.result.steps) if self.result.steps else frozenset[int]()
         path_name = "" if not on_path else "best path" if self.result.answer is None else "path to the answer"
         columns = _columns(self.trace, signs, wide=options.max_width >= _WIDE)
+        if options.max_width < _NARROW:
+            columns = columns[:2]
         table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column(Text(one_line(self.result.problem), "bold"), ratio=1, no_wrap=True, overflow="ellipsis")
         for column in columns:

@@ -313,6 +313,12 @@ def test_every_view_fits_its_terminal(strategy, width, cells):
         assert max(map(cell_len, drawn(view, cells))) <= cells
 
 
+def test_a_narrow_terminal_keeps_the_text_and_drops_figures():
+    result = grown("ets", 16)
+    assert drawn(tree_view(result), 71)[0].split()[-2:] == ["score", "share"]
+    assert drawn(tree_view(result), 72)[0].split()[-1] == "cluster"
+
+
 def test_every_node_is_told_in_the_sums_of_a_real_search():
     result = grown("ets", 64)
     sums = line_with(drawn(tree_view(result), 200), "path to the answer")
