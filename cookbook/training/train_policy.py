@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from data import Encoder, build_tokenizer, policy_batch
 from optim import make_optimizers, resume, save, set_lr, update
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 def make_model(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaForCausalLM:
@@ -40,7 +40,8 @@ def make_model(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaForCausalL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--tokens", type=int, default=5120, help="tokens per family per step")
+    parser.add_argument("--init", type=Path, help="weights to go on from, instead of random ones")
+    parser.add_argument("--tokens", type=int, nargs=2, default=[4096, 6144], help="per step: of countdown, of story")
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/policy"))
@@ -50,9 +51,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else build_tokenizer()
     encode = Encoder(tokenizer)
-    model = make_model(len(tokenizer), encode.bos, encode.eos, encode.pad).to(args.device)
+    if args.init:
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).train().to(args.device)
+    else:
+        model = make_model(len(tokenizer), encode.bos, encode.eos, encode.pad).to(args.device)
     optimizers = make_optimizers(model, args.lr)
     checkpoint = args.out / "checkpoint.pt"
     start, seconds = resume(checkpoint, model, optimizers)
@@ -61,8 +65,8 @@ def main() -> None:
     for step in range(start, args.steps):
         set_lr(optimizers, args.lr, step, args.steps)
         losses: dict[str, float] = {}
-        for family in ("countdown", "story"):
-            ids, targets = policy_batch(Random(f"{args.seed}/{step}/{family}"), encode, family, args.tokens)
+        for family, num_tokens in zip(("countdown", "story"), args.tokens, strict=True):
+            ids, targets = policy_batch(Random(f"{args.seed}/{step}/{family}"), encode, family, num_tokens)
             ids, targets = ids.to(args.device), targets.to(args.device)
             kept = targets[:, 1:] >= 0
             with torch.autocast(args.device, dtype=torch.bfloat16):

@@ -99,7 +99,7 @@ def main() -> None:
         update(model, optimizers)
         if (step + 1) % 25 == 0:
             print(json.dumps({"step": step + 1, "s": round(time.time() - began), **report}), flush=True)
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
             save(checkpoint, model, optimizers, step + 1, time.time() - began)
     model.save_pretrained(args.out / "final")
     tokenizer.save_pretrained(args.out / "final")

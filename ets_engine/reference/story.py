@@ -1,18 +1,18 @@
 """The `story` family: word problems about who has how many; generator, exact checker.
 
-A solution computes one person's number per line in any order that works, then the total when the question asks
-for several people; its last line names the answer::
+A solution says one person's number per line, how it comes about and what it is, in any order that works, then the
+total when the question asks for several people; its last line names the answer::
 
-    Ben has 14*3=42
-    Cara has 42+9=51
-    total 14+51=65. Answer: 65
+    Ben has 3 boxes of 14: 3*14=42
+    Cara has 9 more than Ben: 42+9=51
+    total Ben and Cara: 42+51=93. Answer: 93
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from ets_engine.reference.countdown import slip
@@ -71,9 +71,6 @@ _PATTERNS = [
 ]
 _PATTERN_ONE = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) does (?P<b>{'|'.join(NAMES)}) have\?")
 _PATTERN_MANY = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) do (?P<people>.+) have together\?")
-_STEP = re.compile(
-    r"(?:([A-Z][a-z]+) has|total) ([0-9]{1,6})([-+*/])([0-9]{1,6})=([0-9]{1,6})(?:\. Answer: ([0-9]{1,6}))?"
-)
 _ANSWER = re.compile(r"Answer: ([0-9]{1,6})$")
 
 
@@ -328,6 +325,44 @@ def needed(problem: StoryProblem) -> list[str]:
     return out
 
 
+def tell_step(name: str, quantity: Quantity, values: Mapping[str, int]) -> str:
+    """The line that computes a person's number.
+
+    Example:
+        >>> tell_step("Cara", Quantity("pens", "Ben", "+", 9), {"Ben": 42})
+        'Cara has 9 more than Ben: 42+9=51'
+    """
+    left, op, right = quantity.left, quantity.op, quantity.right
+    match (left, op, right):
+        case (int(), _, _):
+            how = f"{left} boxes of {right}"
+        case (_, "+", str()):
+            how = f"{left} and {right}"
+        case (_, "-", str()):
+            how = f"{left} after giving {right}"
+        case (_, "+", _):
+            how = f"{right} more than {left}"
+        case (_, "-", _):
+            how = f"{right} fewer than {left}"
+        case (_, "*", _):
+            how = f"{right} times {left}"
+        case _:
+            how = f"{next(word for word, parts in SHARES.items() if parts == right)} of {left}"
+    first, second = (values[side] if isinstance(side, str) else side for side in (left, right))
+    return f"{name} has {how}: {first}{op}{second}={calculate(first, op, second)}"
+
+
+def tell_totals(asked: Sequence[str], values: Mapping[str, int]) -> list[str]:
+    """The lines that add up the people asked for, in the order of the question; none for one person."""
+    lines: list[str] = []
+    total = values[asked[0]]
+    for place, person in enumerate(asked[1:]):
+        how = f"{asked[0]} and {person}" if place == 0 else f"with {person}"
+        lines.append(f"total {how}: {total}+{values[person]}={total + values[person]}")
+        total += values[person]
+    return lines
+
+
 def solve(rng: Random, problem: StoryProblem) -> list[str]:
     """One solution of the problem: a random order that works, biased to the order of the text."""
     values = problem.values()
@@ -344,16 +379,11 @@ def solve(rng: Random, problem: StoryProblem) -> list[str]:
             )
         ]
         name = min(ready, key=position.__getitem__)
-        quantity = problem.quantities[name]
-        left, right = (values[s] if isinstance(s, str) else s for s in (quantity.left, quantity.right))
-        lines.append(f"{name} has {left}{quantity.op}{right}={values[name]}")
+        lines.append(tell_step(name, problem.quantities[name], values))
         done.add(name)
         todo.remove(name)
-    total = values[problem.asked[0]]
-    for person in problem.asked[1:]:
-        lines.append(f"total {total}+{values[person]}={total + values[person]}")
-        total += values[person]
-    lines[-1] += f". Answer: {total}"
+    lines += tell_totals(problem.asked, values)
+    lines[-1] += f". Answer: {problem.answer()}"
     return lines
 
 
@@ -361,43 +391,35 @@ def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
     """Per line: is everything up to and including it right? Right but needless lines before the answer are right."""
     values = problem.values()
     known = {name for name, quantity in problem.quantities.items() if not quantity.op}
-    totalled, valid, answered, out = 1, True, False, []
+    totals, totalled = tell_totals(problem.asked, values), 0
+    valid, answered, out = True, False, []
     for line in lines:
-        match = _STEP.fullmatch(line.strip())
-        if valid and match is not None and not answered:
-            name, op = match[1], match[3]
-            left, right, result = int(match[2]), int(match[4]), int(match[5])
-            valid = calculate(left, op, right) == result
-            if name is None:
-                valid = valid and totalled < len(problem.asked) and op == "+"
-                if valid:
-                    people = problem.asked[: totalled + 1]
-                    so_far = sum(values[person] for person in people[:-1])
-                    valid = set(people) <= known and sorted((left, right)) == sorted((so_far, values[people[-1]]))
-                    totalled += 1
-            else:
-                valid = valid and _defines(problem, known, values, name, left, op, right)
-                known.add(name)
-            if match[6] is not None:
-                last = totalled == len(problem.asked) and (name is None or (name,) == problem.asked)
-                valid = answered = valid and last and int(match[6]) == result
+        body, _, told = line.strip().partition(". Answer: ")
+        name = body.partition(" ")[0]
+        valid = valid and not answered
+        if name == "total":
+            valid = valid and body in totals[totalled : totalled + 1] and set(problem.asked[: totalled + 2]) <= known
+            totalled += 1
         else:
-            valid = False
+            valid = valid and _defines(problem, known, values, name, body)
+            known.add(name)
+        if valid and ". Answer" in line:
+            valid = totalled == len(totals) and set(problem.asked) <= known and told == str(problem.answer())
+            valid = answered = valid and name in ("total", *(problem.asked if not totals else ()))
         out.append(valid)
     return out
 
 
-def _defines(
-    problem: StoryProblem, known: set[str], values: Mapping[str, int], name: str, left: int, op: str, right: int
-) -> bool:
+def _defines(problem: StoryProblem, known: set[str], values: Mapping[str, int], name: str, body: str) -> bool:
     quantity = problem.quantities.get(name)
-    if quantity is None or not quantity.op or quantity.op != op or name in known:
+    if quantity is None or not quantity.op or name in known:
         return False
-    sides = (quantity.left, quantity.right)
-    if any(isinstance(side, str) and side not in known for side in sides):
+    if any(isinstance(side, str) and side not in known for side in (quantity.left, quantity.right)):
         return False
-    expected = tuple(values[side] if isinstance(side, str) else side for side in sides)
-    return (left, right) == expected or (op in "+*" and (right, left) == expected)
+    ways = [quantity]
+    if quantity.op == "+" and isinstance(quantity.right, str):
+        ways.append(replace(quantity, left=quantity.right, right=quantity.left))
+    return body in [tell_step(name, way, values) for way in ways]
 
 
 def answer(lines: Sequence[str]) -> str | None:
@@ -414,46 +436,77 @@ def is_solved(problem: StoryProblem, lines: Sequence[str]) -> bool:
 def corrupt(rng: Random, problem: StoryProblem, lines: Sequence[str]) -> list[str]:
     """Break one random line, the later lines following from the broken number.
 
-    Kinds: a wrong result, a wrong operand, a wrong operation, another person's line, an answer too early.
+    Kinds: a wrong result, a wrong operand, another claim (person, number, relation), another person's line, an answer
+    too early.
     """
     at = rng.randrange(len(lines))
-    match = _STEP.fullmatch(lines[at])
-    assert match is not None, "corrupt() takes legible solutions"
-    name, op = match[1], match[3]
-    left, right, result = int(match[2]), int(match[4]), int(match[5])
+    head, left, op, right, result, told = _split(lines[at])
+    name = head.partition(" ")[0]
     wrong = result
-    kind = rng.choice(("result", "result", "result", "operand", "op", "name"))
-    if kind == "result":
-        wrong = slip(rng, result)
-    elif kind == "operand":
+    kind = rng.choice(("result", "result", "result", "operand", "claim", "claim", "name"))
+    if told is None and rng.random() < 0.05:
+        return [*lines[:at], f"{lines[at]}. Answer: {result}"]
+    if kind == "operand":
         others = [value for value in problem.values().values() if value not in (left, right)]
         other = rng.choice(others) if others and rng.random() < 0.7 else slip(rng, left)
         left, right = (other, right) if rng.random() < 0.5 else (left, other)
         wrong = calculate(left, op, right)
-    elif kind == "op":
-        op = rng.choice([other for other in "+-*/" if other != op])
+    elif kind == "claim" and name != "total":
+        claim = _misread(rng, problem, name)
+        head, left, op, right, wrong = _split(tell_step(name, claim, problem.values()))[:5]
+    elif kind == "name" and name != "total":
+        others = [other for other in problem.quantities if other != name]
+        head = rng.choice(others) + head.removeprefix(name)
+    elif kind == "claim" or kind == "name":
+        named = head.split()[-1]
+        other = rng.choice([person for person in problem.quantities if person != named])
+        head = " ".join(other if word == named else word for word in head.split())
+        right = problem.values()[other] if rng.random() < 0.5 else right
         wrong = calculate(left, op, right)
-    elif name is not None:
-        name = rng.choice([other for other in problem.quantities if other != name] or [name])
+    else:
+        wrong = slip(rng, result)
     if not 0 < wrong <= 9999:
         wrong = slip(rng, result)
-    head = "total" if name is None else f"{name} has"
-    line = f"{head} {left}{op}{right}={wrong}" + (f". Answer: {wrong}" if match[6] else "")
-    if not match[6] and rng.random() < 0.05:
-        return [*lines[:at], f"{lines[at]}. Answer: {result}"]
-    out = [*lines[:at], line]
-    swap = re.compile(rf"(?<!\d){result}(?!\d)")
+    out = [*lines[:at], _join(head, left, op, right, wrong, told is not None)]
+    renamed = {result: wrong}  # what the later lines take for what
     for later in lines[at + 1 :]:
-        head, _, rest = later.partition("=")
-        changed = swap.sub(str(wrong), head)
-        parts = re.search(r"(\d+)([-+*/])(\d+)$", changed)
-        assert parts is not None
-        value = calculate(int(parts[1]), parts[2], int(parts[3]))
-        value = value if 0 < value <= 9999 else slip(rng, value if value > 0 else 7)
-        out.append(f"{changed}={value}" + (f". Answer: {value}" if "Answer" in rest else ""))
-        if changed != head:
-            result_text = re.match(r"\d+", rest)
-            assert result_text is not None
-            swap = re.compile(rf"(?<!\d){result_text[0]}(?!\d)")
-            wrong = value
+        head, left, op, right, result, told = _split(later)
+        left, right = renamed.get(left, left), renamed.get(right, right)
+        value = calculate(left, op, right)
+        value = value if 0 < value <= 9999 else slip(rng, max(value, 7))
+        if value != result:
+            renamed[result] = value
+        out.append(_join(head, left, op, right, value, told is not None))
     return out
+
+
+def _misread(rng: Random, problem: StoryProblem, name: str) -> Quantity:
+    """A person's quantity with another person, number or relation in it."""
+    quantity = problem.quantities[name]
+    sides: list[int | str] = [quantity.left, quantity.right]
+    if isinstance(quantity.left, str) and rng.random() < 0.5:
+        op = rng.choice([other for other in ("+-" if isinstance(quantity.right, str) else "+-*/") if other != quantity.op])
+        if op == "/":
+            sides[1] = rng.choice(list(SHARES.values()))
+        return replace(quantity, op=op, right=sides[1])
+    place = rng.randrange(2)
+    side = sides[place]
+    if isinstance(side, str):
+        sides[place] = rng.choice([other for other in problem.quantities if other not in (side, name)])
+    elif quantity.op == "/":
+        sides[place] = rng.choice([parts for parts in SHARES.values() if parts != side])
+    else:
+        sides[place] = slip(rng, side)
+    return replace(quantity, left=sides[0], right=sides[1])
+
+
+def _split(line: str) -> tuple[str, int, str, int, int, str | None]:
+    """Claim, left, operation, right, result and answer of a legible line."""
+    claim, _, equation = line.partition(": ")
+    match = re.match(r"([0-9]+)([-+*/])([0-9]+)=(-?[0-9]+)(?:\. Answer: ([0-9]+))?$", equation)
+    assert match is not None, f"not a step: {line!r}"
+    return claim, int(match[1]), match[2], int(match[3]), int(match[4]), match[5]
+
+
+def _join(claim: str, left: int, op: str, right: int, result: int, answers: bool) -> str:
+    return f"{claim}: {left}{op}{right}={result}" + (f". Answer: {result}" if answers else "")
