@@ -1,6 +1,6 @@
 """Recipe: the same problems by plain sampling and by tree search, with what each costs.
 
-    python cookbook/compare_methods.py --count 10
+python cookbook/compare_methods.py --count 10
 """
 
 from __future__ import annotations

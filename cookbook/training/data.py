@@ -60,7 +60,6 @@ class Encoder:
         prompt = [self.bos, *self(problem.problem + "\n")]
         return [*prompt, *self("\n".join(lines)), self.eos], len(prompt)
 
-
     def judged(self, problem: str, lines: list[str], labels: list[bool]) -> tuple[list[int], list[int]]:
         """The PRM's ids, every line ended by a newline, and the label of each line at its newline (-100 elsewhere)."""
         ids = [self.bos, *self(problem + "\n")]

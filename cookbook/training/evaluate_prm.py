@@ -1,7 +1,7 @@
 """Measure a PRM on held-out rollouts: step AUC, step accuracy, and how often its best of all samples is right.
 
-    python cookbook/training/make_rollouts.py --policy POLICY --problems 200 --samples 16 --held-out --out held.jsonl
-    python cookbook/training/evaluate_prm.py --prm runs/prm/final --rollouts held.jsonl
+python cookbook/training/make_rollouts.py --policy POLICY --problems 200 --samples 16 --held-out --out held.jsonl
+python cookbook/training/evaluate_prm.py --prm runs/prm/final --rollouts held.jsonl
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import Encoder, pad
 from scipy.stats import mannwhitneyu
 from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+from data import Encoder, pad
 
 BATCH = 64
 
@@ -45,7 +46,9 @@ def report(rows: list[dict], scores: list[list[float]]) -> dict[str, float]:
         by_problem[row["problem"]].append((path[-1] if path else 0.0, row["solved"]))
     right, value = np.array(labels), np.array(values)
     auc = mannwhitneyu(value[right], value[~right]).statistic / (right.sum() * (~right).sum())
-    solvable = [sorted(paths, key=lambda path: path[0])[-1][1] for paths in by_problem.values() if any(p[1] for p in paths)]
+    solvable = [
+        sorted(paths, key=lambda path: path[0])[-1][1] for paths in by_problem.values() if any(p[1] for p in paths)
+    ]
     return {
         "pass@1": float(np.mean([row["solved"] for row in rows])),
         "pass@n": len(solvable) / len(by_problem),

@@ -1,6 +1,6 @@
 """Write the trained policy and PRM into the package, in half precision, and check that nothing was lost on the way.
 
-    python cookbook/training/export.py --policy runs/policy/step-2400 --prm runs/prm/final
+python cookbook/training/export.py --policy runs/policy/step-2400 --prm runs/prm/final
 """
 
 from __future__ import annotations

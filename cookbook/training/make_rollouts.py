@@ -1,6 +1,6 @@
 """Sample solutions from a policy with the package's own decoder and label every step exactly; JSONL.
 
-    python cookbook/training/make_rollouts.py --policy runs/policy/step-2400 --problems 6000 --out runs/rollouts.jsonl
+python cookbook/training/make_rollouts.py --policy runs/policy/step-2400 --problems 6000 --out runs/rollouts.jsonl
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train the reference policy on generated problems; resumable, the same weights for the same seed and machine.
 
-    python cookbook/training/train_policy.py --steps 2400 --out runs/policy
+python cookbook/training/train_policy.py --steps 2400 --out runs/policy
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 from data import Encoder, build_tokenizer, policy_batch
 from optim import make_optimizers, resume, save, set_lr, update
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 def make_model(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaForCausalLM:

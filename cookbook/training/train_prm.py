@@ -1,7 +1,7 @@
 """Train the reference PRM from the policy's weights, on corrupted solutions and on the policy's own rollouts; resumable.
 
-    python cookbook/training/train_prm.py --init runs/policy/step-2400 --steps 1500 --out runs/prm
-    python cookbook/training/train_prm.py --init runs/prm/final --rollouts runs/rollouts.jsonl --out runs/prm-rollouts
+python cookbook/training/train_prm.py --init runs/policy/step-2400 --steps 1500 --out runs/prm
+python cookbook/training/train_prm.py --init runs/prm/final --rollouts runs/rollouts.jsonl --out runs/prm-rollouts
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
 from data import Encoder, corrupted, verifier_batch
 from optim import make_optimizers, resume, save, set_lr, update
-from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 AFTERMATH_WEIGHT = 0.2  # of the steps that follow the first wrong one: nothing new is to be seen there
 LANGUAGE_WEIGHT = 0.2  # of predicting right steps, beside judging them

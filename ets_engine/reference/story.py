@@ -485,7 +485,9 @@ def _misread(rng: Random, problem: StoryProblem, name: str) -> Quantity:
     quantity = problem.quantities[name]
     sides: list[int | str] = [quantity.left, quantity.right]
     if isinstance(quantity.left, str) and rng.random() < 0.5:
-        op = rng.choice([other for other in ("+-" if isinstance(quantity.right, str) else "+-*/") if other != quantity.op])
+        op = rng.choice(
+            [other for other in ("+-" if isinstance(quantity.right, str) else "+-*/") if other != quantity.op]
+        )
         if op == "/":
             sides[1] = rng.choice(list(SHARES.values()))
         return replace(quantity, op=op, right=sides[1])

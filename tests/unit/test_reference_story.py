@@ -29,11 +29,11 @@ TEXT = (
     "as Ben. How many apples do Ben, Cara and Eva have together?"
 )
 RIGHT = [
-    "Ben has 3*14=42",
-    "Cara has 42+9=51",
-    "Eva has 42/2=21",
-    "total 42+51=93",
-    "total 93+21=114. Answer: 114",
+    "Ben has 3 boxes of 14: 3*14=42",
+    "Cara has 9 more than Ben: 42+9=51",
+    "Eva has half of Ben: 42/2=21",
+    "total Ben and Cara: 42+51=93",
+    "total with Eva: 93+21=114. Answer: 114",
 ]
 PARTS = {"half": 2, "a third": 3, "a quarter": 4, "a fifth": 5}
 
@@ -82,29 +82,55 @@ def read_by_hand(text: str) -> tuple[dict[str, tuple[str, int | str, int | str]]
     return how, values, [word for word in re.findall(r"\b[A-Z]\w+", question) if word in NAMES]
 
 
+def claim_by_hand(words: str) -> tuple[str, int | str, int | str] | None:
+    """The operation and sides that a step's words stand for."""
+    for pattern, sign in (
+        (r"(\d+) boxes of (\d+)", "*"),
+        (r"(\w+) and (\w+)", "+"),
+        (r"(\w+) after giving (\w+)", "-"),
+        (r"(?P<n>\d+) more than (?P<who>\w+)", "+"),
+        (r"(?P<n>\d+) fewer than (?P<who>\w+)", "-"),
+        (r"(?P<n>\d+) times (?P<who>\w+)", "*"),
+        (r"(?P<part>half|a third|a quarter|a fifth) of (?P<who>\w+)", "/"),
+    ):
+        if found := re.fullmatch(pattern, words):
+            if "who" in pattern:
+                named = found.groupdict()
+                return sign, named["who"], PARTS[named["part"]] if "part" in named else int(named["n"])
+            first, second = (int(side) if side.isdigit() else side for side in found.groups())
+            return sign, first, second
+    return None
+
+
 def labels_by_hand(text: str, lines: list[str]) -> list[bool]:
     how, values, asked = read_by_hand(text)
     known = set(values) - set(how)
     right, summed, done, labels = True, 1, False, []
     for line in lines:
-        claim, _, told = line.partition(". Answer: ")
-        head, _, result = claim.partition("=")
-        who, _, operation = head.replace(" has ", " ").rpartition(" ")
+        body, _, told = line.partition(". Answer: ")
+        words, _, equation = body.partition(": ")
+        who, _, words = words.partition(" ")
+        operation, _, result = equation.partition("=")
         sign = next(sign for sign in "+-*/" if sign in operation)
         a, b = map(int, operation.split(sign))
         right = right and not done and {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] == int(result)
         if who == "total":
             right = right and summed < len(asked) and sign == "+" and known.issuperset(asked[: summed + 1])
             if right:
-                right = {a, b} == {sum(values[name] for name in asked[:summed]), values[asked[summed]]}
+                named = f"{asked[0]} and {asked[1]}" if summed == 1 else f"with {asked[summed]}"
+                right = words == named and [a, b] == [
+                    sum(values[name] for name in asked[:summed]),
+                    values[asked[summed]],
+                ]
             summed += 1
         else:
-            right = right and who in how and who not in known and how[who][0] == sign
-            if right:
-                sides = how[who][1:]
-                right = all(isinstance(side, int) or side in known for side in sides)
-                wanted = [side if isinstance(side, int) else values[side] for side in sides]
-                right = right and ([a, b] == wanted or (sign in "+*" and [b, a] == wanted))
+            claim = claim_by_hand(words.removeprefix("has "))
+            right = right and who in how and who not in known and claim is not None
+            if right and claim is not None:
+                same = claim == how[who] or (isinstance(claim[2], str) and sign == "+" and claim[:0:-1] == how[who][1:])
+                right = same and claim[0] == sign
+                right = right and all(isinstance(side, int) or side in known for side in claim[1:])
+                right = right and [a, b] == [side if isinstance(side, int) else values[side] for side in claim[1:]]
             known.add(who)
         if told:
             right = right and told == result == str(sum(values[name] for name in asked))
@@ -158,37 +184,44 @@ def test_the_right_solution() -> None:
     problem = problem_of(TEXT)
     assert problem.answer() == 114 and is_solved(problem, RIGHT)
     assert is_solved(problem, [RIGHT[0], RIGHT[2], RIGHT[1], *RIGHT[3:]]), "another order of people"
-    assert is_solved(problem, [RIGHT[0], "Cara has 9+42=51", "total 51+42=93", RIGHT[2], RIGHT[4]]), (
-        "sides, and a sum early"
-    )
+    assert is_solved(problem, [*RIGHT[:2], RIGHT[3], RIGHT[2], RIGHT[4]]), "a sum early"
     needless = problem_of(TEXT.replace("Ben, Cara and Eva have together", "Cara have").replace("do C", "does C"))
-    assert is_solved(needless, [RIGHT[0], "Eva has 42/2=21", "Cara has 42+9=51. Answer: 51"]), "needless, but right"
+    assert is_solved(needless, [RIGHT[0], RIGHT[2], f"{RIGHT[1]}. Answer: 51"]), "needless, but right"
+    both = problem_of("Ana has 4 eggs. Ben has 3 eggs. Cara has as many eggs as Ana and Ben together. "
+                      "How many eggs does Cara have?")  # fmt: skip
+    assert is_solved(both, ["Cara has Ana and Ben: 4+3=7. Answer: 7"])
+    assert is_solved(both, ["Cara has Ben and Ana: 3+4=7. Answer: 7"])
+    assert not is_solved(both, ["Cara has Ben and Ana: 4+3=7. Answer: 7"]), "sides not as named"
 
 
 @pytest.mark.parametrize(
     ("changes", "first_wrong"),
     [
-        ({1: "Cara has 42+9=52"}, 1),  # wrong result
-        ({1: "Cara has 42+8=50"}, 1),  # wrong number
-        ({1: "Cara has 42-9=33"}, 1),  # wrong operation
-        ({1: "Eva has 42+9=51"}, 1),  # wrong person
-        ({1: "Dan has 42+9=51"}, 1),  # nobody computes Dan
-        ({1: "Zoe has 42+9=51"}, 1),  # not in the story
-        ({1: "Ben has 3*14=42"}, 1),  # known already
-        ({0: "Cara has 42+9=51", 1: "Ben has 3*14=42"}, 0),  # Ben is not known yet
-        ({2: "Eva has 2/42=21"}, 2),  # sides of a division
-        ({2: "total 42+51=93", 3: "Eva has 42/2=21", 4: "total 21+93=114"}, None),
-        ({3: "total 42+21=63", 4: "total 63+51=114. Answer: 114"}, 3),  # not in the order asked
-        ({3: "total 51+21=72", 4: "total 72+42=114. Answer: 114"}, 3),
-        ({3: "total 93-51=42"}, 3),
-        ({4: "total 93+21=114. Answer: 115"}, 4),
-        ({3: "total 42+51=93. Answer: 93"}, 3),  # too early
-        ({0: "Ben has 3*14=42. Answer: 42"}, 0),
-        ({1: "cara has 42+9=51"}, 1),
-        ({1: "Cara has 42+9=51."}, 1),
-        ({1: "Cara has 42 + 9 = 51"}, 1),
+        ({1: "Cara has 9 more than Ben: 42+9=52"}, 1),  # wrong result
+        ({1: "Cara has 8 more than Ben: 42+8=50"}, 1),  # wrong number
+        ({1: "Cara has 9 more than Ben: 42+8=50"}, 1),  # another number than claimed
+        ({1: "Cara has 9 fewer than Ben: 42-9=33"}, 1),  # wrong relation
+        ({1: "Cara has 9 more than Dan: 5+9=14"}, 1),  # compared with another person
+        ({1: "Cara has 9 more than Dan: 42+9=51"}, 1),  # right by luck
+        ({1: "Eva has 9 more than Ben: 42+9=51"}, 1),  # wrong person
+        ({1: "Dan has 9 more than Ben: 42+9=51"}, 1),  # nobody computes Dan
+        ({1: "Zoe has 9 more than Ben: 42+9=51"}, 1),  # not in the story
+        ({1: RIGHT[0]}, 1),  # known already
+        ({0: RIGHT[1], 1: RIGHT[0]}, 0),  # Ben is not known yet
+        ({2: "Eva has half of Ben: 2/42=21"}, 2),  # sides of a division
+        ({2: RIGHT[3], 3: RIGHT[2], 4: "total with Eva: 93+21=114"}, None),
+        ({3: "total Ben and Eva: 42+21=63", 4: "total with Cara: 63+51=114. Answer: 114"}, 3),  # not in the order asked
+        ({3: "total Cara and Eva: 51+21=72", 4: "total with Ben: 72+42=114. Answer: 114"}, 3),
+        ({3: "total Ben and Cara: 93-51=42"}, 3),
+        ({4: "total with Eva: 93+21=114. Answer: 115"}, 4),
+        ({3: "total Ben and Cara: 42+51=93. Answer: 93"}, 3),  # too early
+        ({0: f"{RIGHT[0]}. Answer: 42"}, 0),
+        ({1: "Cara has 42+9=51"}, 1),  # no word how
+        ({1: "cara has 9 more than Ben: 42+9=51"}, 1),
+        ({1: "Cara has 9 more than Ben: 42+9=51."}, 1),
+        ({1: "Cara has 9 more than Ben: 42 + 9 = 51"}, 1),
         ({1: ""}, 1),
-        ({1: "Cara has 42+9=" + "9" * 5000}, 1),
+        ({1: "Cara has 9 more than Ben: 42+9=" + "9" * 5000}, 1),
     ],
 )
 def test_the_checker_refuses(changes: dict[int, str], first_wrong: int | None) -> None:
@@ -201,15 +234,18 @@ def test_the_checker_refuses(changes: dict[int, str], first_wrong: int | None) -
 def test_incomplete_and_overlong_solutions() -> None:
     problem = problem_of(TEXT)
     assert not is_solved(problem, []) and not is_solved(problem, RIGHT[:-1])
-    assert not is_solved(problem, [*RIGHT[:-1], "total 93+21=114"]), "no answer"
+    assert not is_solved(problem, [*RIGHT[:-1], "total with Eva: 93+21=114"]), "no answer"
     assert not is_solved(problem, [RIGHT[0], *RIGHT[3:]]), "a step is missing"
-    for trailing in ("done", "Answer: 114", RIGHT[-1], "Dan has 5+0=5"):
+    for trailing in ("done", "Answer: 114", RIGHT[-1], "Dan has 0 more than Dan: 5+0=5"):
         assert check_steps(problem, [*RIGHT, trailing]) == [True] * len(RIGHT) + [False]
         assert not is_solved(problem, [*RIGHT, trailing])
     one = problem_of(
         "Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has half as many eggs as Ana. How many eggs does Ben have?"
     )
-    assert check_steps(one, ["Ben has 4+3=7. Answer: 7", "Cara has 4/2=2"]) == [True, False], "nothing after the answer"
+    assert check_steps(one, ["Ben has 3 more than Ana: 4+3=7. Answer: 7", "Cara has half of Ana: 4/2=2"]) == [
+        True,
+        False,
+    ]
 
 
 def test_answer() -> None:

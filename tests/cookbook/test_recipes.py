@@ -1,0 +1,51 @@
+"""Every recipe of the cookbook runs on the shipped models, as a reader would run it."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+COOKBOOK = Path(__file__).parents[2] / "cookbook"
+
+
+def run_recipe(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(COOKBOOK / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_compare_methods_prints_a_line_per_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = run_recipe("compare_methods.py", "--count", "3", monkeypatch=monkeypatch, capsys=capsys)
+    solved = re.findall(r"^(greedy|majority vote of 16|REBASE, width 16|ETS, width 16) +([0-3])/3", printed, re.M)
+    assert len(solved) == 4
+
+
+def test_own_selector_is_the_one_that_searched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = run_recipe("own_selector.py", monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(r"answer \S+, score 0\.\d\d|answer \S+, score 1\.00", printed)
+    assert "found by ScoreFloor" in printed
+
+
+def test_the_exact_checker_as_verifier_is_not_beaten_by_the_prm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = run_recipe("own_verifier.py", monkeypatch=monkeypatch, capsys=capsys)
+    counts = [int(count) for count in re.findall(r"solved (\d+) of 10", printed)]
+    assert len(counts) == 2
+    assert counts[1] >= counts[0]
+    assert counts[1] > 0
+
+
+def test_readme_of_the_cookbook_names_every_script() -> None:
+    text = (COOKBOOK / "README.md").read_text()
+    scripts = [path.relative_to(COOKBOOK).as_posix() for path in COOKBOOK.rglob("*.py")]
+    helpers = {"training/data.py", "training/optim.py"}
+    assert [name for name in scripts if name not in helpers and f"`{name}`" not in text] == []

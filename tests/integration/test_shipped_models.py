@@ -1,0 +1,82 @@
+"""The shipped models load as plain checkpoints, solve fresh problems, and give the same result for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig
+from ets_engine.reference import generate_problems, is_right_answer, is_solved, policy_path, prm_path
+
+SIZE_LIMIT_BYTES = 16_000_000
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[ETSEngine]:
+    with ETSEngine.from_pretrained("reference") as engine:
+        yield engine
+
+
+def test_they_are_plain_checkpoints_of_16_mb_in_all() -> None:
+    from pathlib import Path
+
+    policy = AutoModelForCausalLM.from_pretrained(policy_path())
+    prm = AutoModelForTokenClassification.from_pretrained(prm_path())
+    tokenizer = AutoTokenizer.from_pretrained(policy_path())
+    assert policy.config.model_type == prm.config.model_type == "llama"
+    assert prm.config.num_labels == 2
+    assert tokenizer.decode(tokenizer("Use 12")["input_ids"], skip_special_tokens=True) == "Use 12"
+    assert len(tokenizer("1234", add_special_tokens=False)["input_ids"]) == 4  # digits stand alone
+    files = [path for folder in (policy_path(), prm_path()) for path in Path(folder).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= SIZE_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("family", ["countdown", "story"])
+def test_search_beats_greedy_on_fresh_problems(engine: ETSEngine, family: str) -> None:
+    """16 held-out problems; the measured gap over 200 is far above the margin asked for here."""
+    level = {"countdown": 4, "story": None}[family]
+    problems = [row.problem for row in generate_problems(family, level, seed=11, count=16)]
+    solved = {}
+    for strategy in ("greedy", "ets"):
+        results = [engine.search(one, SearchConfig(strategy=strategy, width=16)) for one in problems]
+        solved[strategy] = sum(is_solved(result.problem, result.text) for result in results)
+    assert solved["ets"] >= solved["greedy"] + 2
+
+
+def test_the_same_seed_gives_the_same_result(engine: ETSEngine) -> None:
+    problem = next(generate_problems("story", 5, seed=3, count=1)).problem
+    config = SearchConfig(width=8, seed=5, trace=True)
+    first, second = (engine.search(problem, config).model_dump(exclude={"timing"}) for _ in range(2))
+    assert first == second
+    assert engine.search(problem, SearchConfig(width=8, seed=6, trace=True)).trace != first["trace"]
+
+
+def test_the_answer_of_a_right_solution_is_right(engine: ETSEngine) -> None:
+    results = [engine.search(row.problem) for row in generate_problems("countdown", 4, seed=5, count=8)]
+    right = [result for result in results if is_solved(result.problem, result.text)]
+    assert right
+    for result in right:
+        assert result.answer is not None
+        assert is_right_answer(result.problem, result.answer)
+
+
+def test_threads_and_batch_size_do_not_matter(engine: ETSEngine) -> None:
+    threads = torch.get_num_threads()
+    problem = "Use 4, 6, 10 and 19 to make 16."
+    try:
+        torch.set_num_threads(1)
+        one = engine.search(problem, SearchConfig(width=4, seed=2))
+        torch.set_num_threads(2)
+        two = engine.search(problem, SearchConfig(width=4, seed=2))
+    finally:
+        torch.set_num_threads(threads)
+    assert one.text == two.text
+
+
+@pytest.mark.parametrize("problem", ["What is 2+2?", "", "Use 1 and 2 to make 3."])
+def test_another_kind_of_problem_is_refused_with_the_way_out(engine: ETSEngine, problem: str) -> None:
+    with pytest.raises(ReferenceDomainError, match="--model"):
+        engine.search(problem)
