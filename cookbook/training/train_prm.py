@@ -1,4 +1,4 @@
-"""Train the reference PRM from the policy's weights, on corrupted solutions and on the policy's own rollouts; resumable.
+"""Train the reference PRM from the policy's weights, on corrupted solutions and the policy's own rollouts; resumable.
 
 python cookbook/training/train_prm.py --init runs/policy/step-2400 --steps 1500 --out runs/prm
 python cookbook/training/train_prm.py --init runs/prm/final --rollouts runs/rollouts.jsonl --out runs/prm-rollouts
