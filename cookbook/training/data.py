@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ets_engine.reference.corruptions import corrupt
 from ets_engine.reference.problems import FAMILIES, ReferenceProblem, draw, label_steps
 
 TRAIN_LEVELS = {"countdown": (4, 5, 6), "story": tuple(range(2, 11))}
@@ -95,7 +96,7 @@ def corrupted(rng: Random, family: str) -> tuple[str, list[str], list[bool]]:
     problem, lines = draw(rng, family, rng.choice(module.LEVELS), held_out=False)
     if rng.random() < 0.25:
         return problem.problem, lines, [True] * len(lines)
-    lines = module.corrupt(rng, module.parse(problem.problem), lines)
+    lines = corrupt(rng, module.parse(problem.problem), lines)
     return problem.problem, lines, label_steps(problem.problem, lines)
 
 

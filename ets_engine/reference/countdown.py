@@ -69,7 +69,8 @@ def apply(left: int, op: str, right: int) -> int | None:
     return result if 0 < result <= MAX_VALUE else None
 
 
-def _merge(numbers: Sequence[int], left: int, right: int, result: int) -> tuple[int, ...]:
+def merge(numbers: Sequence[int], left: int, right: int, result: int) -> tuple[int, ...]:
+    """The sorted numbers left after `left` and `right` became `result`."""
     rest = list(numbers)
     rest.remove(left)
     rest.remove(right)
@@ -83,7 +84,7 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
         return frozenset(numbers)
     found: set[int] = set()
     for state in {
-        _merge(numbers, a, b, result)
+        merge(numbers, a, b, result)
         for i, a in enumerate(numbers)
         for j, b in enumerate(numbers)
         if i != j
@@ -136,7 +137,7 @@ def generate(rng: Random, level: int) -> tuple[CountdownProblem, list[str]]:
                     break
             else:
                 break
-            state = _merge(state, left, right, result)
+            state = merge(state, left, right, result)
             lines.append(Move(left, op, right, result, state).render())
         if len(state) == 1 and TARGETS[0] <= state[0] <= TARGETS[1]:
             return CountdownProblem(numbers, state[0]), lines
@@ -227,89 +228,3 @@ def is_right_expression(problem: CountdownProblem, expression: str) -> bool:
     except (SyntaxError, RecursionError):
         return False
     return result == problem.target and tuple(sorted(used)) == problem.numbers
-
-
-def corrupt(rng: Random, problem: CountdownProblem, lines: Sequence[str]) -> list[str]:
-    """Break one random line the way policies break them, the later lines following from the broken state.
-
-    Kinds: a wrong result, a wrong remainder, a number used twice, a legal move into a dead end. Some come out right by
-    chance, so only `label_steps` says what is wrong.
-    """
-    at = rng.randrange(len(lines))
-    state = problem.numbers if at == 0 else walk(problem, lines[:at])[-1][1]
-    move = parse_step(lines[at])
-    assert move is not None, "corrupt() takes legible solutions"
-    last = at == len(lines) - 1
-    kind = rng.choice(("result", "target", "pair") if last else ("result", "result", "rest", "twice", "deadend"))
-    pool = list(state)
-    if kind == "twice":
-        left, right = rng.choice(pool), rng.randint(1, MAX_GIVEN)
-        if right in pool:
-            right = left
-        result = apply(left, rng_op := rng.choice("+-*/"), right)
-        if result is not None:
-            rest = list(pool)
-            rest.remove(left)
-            if len(rest) > 1:
-                rest.remove(rng.choice(rest))
-            move = Move(left, rng_op, right, result, tuple(sorted([*rest, result])))
-    elif kind in ("deadend", "pair", "target"):
-        i, j = rng.sample(range(len(pool)), 2)
-        op = rng.choice("+-*/")
-        left, right = (max(pool[i], pool[j]), min(pool[i], pool[j])) if op in "+*" else (pool[i], pool[j])
-        result = apply(left, op, right)
-        if result is not None:
-            move = Move(left, op, right, result, _merge(pool, left, right, result))
-        if kind == "target":  # claims the target whatever the operation gives
-            move = Move(left, op, right, problem.target, (problem.target,))
-    elif kind == "result":
-        wrong = slip(rng, move.result)
-        rest = list(move.rest)
-        rest.remove(move.result)
-        move = Move(move.left, move.op, move.right, wrong, tuple(sorted([*rest, wrong])))
-    else:
-        rest = list(move.rest)
-        k = rng.randrange(len(rest))
-        rest[k] = slip(rng, rest[k])
-        if rng.random() < 0.3 and len(rest) > 2:
-            rest.pop(k)
-        move = Move(move.left, move.op, move.right, move.result, tuple(sorted(rest)))
-    out, state = [*lines[:at], move.render()], move.rest
-    while len(state) > 1 and len(out) < len(problem.numbers) - 1:  # go on from the broken state, towards the target
-        options = [
-            (a, op, b, result)
-            for i, a in enumerate(state)
-            for j, b in enumerate(state)
-            if i != j
-            for op in "+-*/"
-            if (result := apply(a, op, b)) is not None and not (op in "+*" and a < b)
-        ]
-        if not options:
-            break
-        if len(state) == 2:
-            hits = [option for option in options if option[3] == problem.target]
-            options = hits or options
-        a, op, b, result = rng.choice(options)
-        state = _merge(state, a, b, result)
-        if len(state) == 1 and rng.random() < 0.7:
-            result, state = problem.target, (problem.target,)
-        out.append(Move(a, op, b, result, state).render())
-    return out
-
-
-def slip(rng: Random, value: int) -> int:
-    """A wrong number that looks like `value`: one digit off, a carry lost, two digits swapped."""
-    digits = str(value)
-    while True:
-        kind = rng.random()
-        if kind < 0.4:
-            wrong = value + rng.choice((-10, -2, -1, 1, 2, 10))
-        elif kind < 0.8:
-            at = rng.randrange(len(digits))
-            wrong = int(digits[:at] + str(rng.randrange(10)) + digits[at + 1 :])
-        elif kind < 0.9:
-            wrong = int(digits[::-1])
-        else:
-            wrong = rng.randint(1, 2 * value + 5)
-        if wrong > 0 and wrong != value:
-            return wrong

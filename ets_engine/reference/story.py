@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from ets_engine.reference.countdown import slip
-
 LEVELS = tuple(range(3, 11))  # level = how many steps
 MAX_VALUE = 999
 
@@ -431,84 +429,3 @@ def answer(lines: Sequence[str]) -> str | None:
 def is_solved(problem: StoryProblem, lines: Sequence[str]) -> bool:
     """Whether every line is right and the last one answers."""
     return bool(lines) and all(check_steps(problem, lines)) and answer(lines) == str(problem.answer())
-
-
-def corrupt(rng: Random, problem: StoryProblem, lines: Sequence[str]) -> list[str]:
-    """Break one random line, the later lines following from the broken number.
-
-    Kinds: a wrong result, a wrong operand, another claim (person, number, relation), another person's line, an answer
-    too early.
-    """
-    at = rng.randrange(len(lines))
-    head, left, op, right, result, told = _split(lines[at])
-    name = head.partition(" ")[0]
-    wrong = result
-    kind = rng.choice(("result", "result", "result", "operand", "claim", "claim", "name"))
-    if told is None and rng.random() < 0.05:
-        return [*lines[:at], f"{lines[at]}. Answer: {result}"]
-    if kind == "operand":
-        others = [value for value in problem.values().values() if value not in (left, right)]
-        other = rng.choice(others) if others and rng.random() < 0.7 else slip(rng, left)
-        left, right = (other, right) if rng.random() < 0.5 else (left, other)
-        wrong = calculate(left, op, right)
-    elif kind == "claim" and name != "total":
-        claim = _misread(rng, problem, name)
-        head, left, op, right, wrong = _split(tell_step(name, claim, problem.values()))[:5]
-    elif kind == "name" and name != "total":
-        others = [other for other in problem.quantities if other != name]
-        head = rng.choice(others) + head.removeprefix(name)
-    elif kind == "claim" or kind == "name":
-        named = head.split()[-1]
-        other = rng.choice([person for person in problem.quantities if person != named])
-        head = " ".join(other if word == named else word for word in head.split())
-        right = problem.values()[other] if rng.random() < 0.5 else right
-        wrong = calculate(left, op, right)
-    else:
-        wrong = slip(rng, result)
-    if not 0 < wrong <= 9999:
-        wrong = slip(rng, result)
-    out = [*lines[:at], _join(head, left, op, right, wrong, told is not None)]
-    renamed = {result: wrong}  # what the later lines take for what
-    for later in lines[at + 1 :]:
-        head, left, op, right, result, told = _split(later)
-        left, right = renamed.get(left, left), renamed.get(right, right)
-        value = calculate(left, op, right)
-        value = value if 0 < value <= 9999 else slip(rng, max(value, 7))
-        if value != result:
-            renamed[result] = value
-        out.append(_join(head, left, op, right, value, told is not None))
-    return out
-
-
-def _misread(rng: Random, problem: StoryProblem, name: str) -> Quantity:
-    """A person's quantity with another person, number or relation in it."""
-    quantity = problem.quantities[name]
-    sides: list[int | str] = [quantity.left, quantity.right]
-    if isinstance(quantity.left, str) and rng.random() < 0.5:
-        op = rng.choice(
-            [other for other in ("+-" if isinstance(quantity.right, str) else "+-*/") if other != quantity.op]
-        )
-        if op == "/":
-            sides[1] = rng.choice(list(SHARES.values()))
-        return replace(quantity, op=op, right=sides[1])
-    place = rng.randrange(2)
-    side = sides[place]
-    if isinstance(side, str):
-        sides[place] = rng.choice([other for other in problem.quantities if other not in (side, name)])
-    elif quantity.op == "/":
-        sides[place] = rng.choice([parts for parts in SHARES.values() if parts != side])
-    else:
-        sides[place] = slip(rng, side)
-    return replace(quantity, left=sides[0], right=sides[1])
-
-
-def _split(line: str) -> tuple[str, int, str, int, int, str | None]:
-    """Claim, left, operation, right, result and answer of a legible line."""
-    claim, _, equation = line.partition(": ")
-    match = re.match(r"([0-9]+)([-+*/])([0-9]+)=(-?[0-9]+)(?:\. Answer: ([0-9]+))?$", equation)
-    assert match is not None, f"not a step: {line!r}"
-    return claim, int(match[1]), match[2], int(match[3]), int(match[4]), match[5]
-
-
-def _join(claim: str, left: int, op: str, right: int, result: int, answers: bool) -> str:
-    return f"{claim}: {left}{op}{right}={result}" + (f". Answer: {result}" if answers else "")

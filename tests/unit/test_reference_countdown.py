@@ -9,12 +9,12 @@ from random import Random
 
 import pytest
 
+from ets_engine.reference.corruptions import corrupt, slip
 from ets_engine.reference.countdown import (
     LEVELS,
     MAX_VALUE,
     CountdownProblem,
     compose,
-    corrupt,
     generate,
     is_right_expression,
     is_solved,
@@ -22,7 +22,6 @@ from ets_engine.reference.countdown import (
     parse,
     parse_step,
     reachable,
-    slip,
 )
 
 PROBLEM = CountdownProblem((4, 6, 10, 19), 16)
@@ -135,6 +134,7 @@ def test_the_right_solution() -> None:
         ([RIGHT[0] + " ok", *RIGHT[1:]], [False, False, False]),
         ([*RIGHT, "100+0=100"], [True, True, True, False]),
         (["what?"], [False]),
+        (["19-4=16 left 6 10 16", *RIGHT], [False] * 4),  # starting again does not help
         (["9" * 5000 + "+1=2"], [False]),
         (["١٩-4=15 left 6 10 15"], [False]),  # digits, but none of ours
     ],

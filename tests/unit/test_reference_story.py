@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from ets_engine.reference.corruptions import corrupt
 from ets_engine.reference.story import (
     ITEMS,
     LEVELS,
@@ -16,7 +17,6 @@ from ets_engine.reference.story import (
     StoryProblem,
     answer,
     check_steps,
-    corrupt,
     generate,
     is_solved,
     needed,
