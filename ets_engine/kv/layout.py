@@ -23,6 +23,7 @@ from ets_engine.kv.prefix_tree import PrefixTree
 MIN_SAVED_TOKENS = 256
 
 IntArray = NDArray[np.int64]
+_NO_SLOTS: IntArray = np.empty(0, dtype=np.int64)
 
 
 class Row(NamedTuple):
@@ -120,7 +121,8 @@ class LayoutBuilder:
             ([4, 4], slice(0, 4, None), [[4], [8]])
         """
         rows = list(rows)
-        if self._next_rows == rows:
+        grown, self._next_rows = self._next_rows == rows, None  # whatever fails below, a half-grown plan is not used
+        if grown:
             self._grow_tails(rows)
         else:
             self._plan(rows)
@@ -140,29 +142,30 @@ class LayoutBuilder:
         for parent, path in paths.items():
             for node in path:
                 below.setdefault(node, []).extend(rows_of[parent])
-        segment_of: dict[int, tuple[list[int], IntArray] | None] = {}  # by the first node of a run
-        shared: list[tuple[list[int], IntArray]] = []
-        tails: list[IntArray] = [np.empty(0, dtype=np.int64)] * len(rows)
+        slots_of: dict[int, IntArray] = {}  # of the runs that are no segments, by their first node
+        shared: dict[int, tuple[list[int], IntArray]] = {}  # the others
+        tails: list[IntArray] = [_NO_SLOTS] * len(rows)
         for parent, path in paths.items():
-            left_over = []
+            prefix = []
             for run in _runs(path, below):
-                slots = np.concatenate([tree.slots(node) for node in run])
-                readers = below[run[0]]
-                if run[0] not in segment_of:
-                    worth_it = len(rows) == 1 or (len(readers) - 1) * len(slots) >= self._min_saved_tokens
-                    segment_of[run[0]] = (readers, slots) if worth_it and len(slots) else None
-                    if segment_of[run[0]] is not None:
-                        shared.append((readers, slots))
-                if segment_of[run[0]] is None:
-                    left_over.append(slots)
-            prefix = np.concatenate(left_over) if left_over else np.empty(0, dtype=np.int64)
+                first = run[0]
+                if first not in slots_of and first not in shared:
+                    slots = np.concatenate([tree.slots(node) for node in run])
+                    saved = (len(below[first]) - 1) * len(slots)
+                    if len(slots) and (len(rows) == 1 or saved >= self._min_saved_tokens):
+                        shared[first] = below[first], slots
+                    else:
+                        slots_of[first] = slots
+                if first in slots_of:
+                    prefix.append(slots_of[first])
             for index in rows_of[parent]:
-                own = tree.slots(rows[index].handle)[: rows[index].stored + rows[index].new]
-                if len(rows) == 1 and rows[0].new > 1 and rows[0].stored:  # a further chunk of one prompt
-                    shared.append(([0], own[: rows[0].stored].copy()))
-                    own = own[rows[0].stored :]
-                tails[index] = np.concatenate([prefix, own])
-        self._shared = self._segments(shared, rows)
+                row = rows[index]
+                own = tree.slots(row.handle)[: row.stored + row.new]
+                if len(rows) == 1 and row.new > 1 and row.stored:  # a further chunk of one prompt
+                    shared[row.handle] = [0], own[: row.stored].copy()
+                    own = own[row.stored :]
+                tails[index] = np.concatenate([*prefix, own])
+        self._shared = self._segments(list(shared.values()), rows)
         self._tail_lengths = np.array([len(tail) for tail in tails], dtype=np.int64)  # [B], new tokens included
         self._tail = np.empty((len(rows), int(self._tail_lengths.max()) + 16), dtype=np.int64)
         for index, tail in enumerate(tails):

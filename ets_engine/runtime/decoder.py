@@ -8,6 +8,7 @@ pay for it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -146,9 +147,28 @@ class StepDecoder:
             PoolExhaustedError: the KV pool is full. Every branch is as before: release leaves or `cancel` a search,
                 and step again.
         """
-        finished = self._admit()
-        if not self._live:
-            return finished
+        self._admit()
+        finished = self._decode() if self._live else []
+        finished += [self._without_room(branch) for branch in self._waiting]
+        self._waiting = []
+        return finished
+
+    def _admit(self) -> None:
+        """Open the waiting branches' parents, fork, and put the children among the live ones; who has no room waits."""
+        joining = [branch for branch in self._waiting if self._tokens_left(branch) > 0]
+        if not joining:
+            return
+        parents = list({id(branch.parent): branch.parent for branch in joining}.values())
+        self.open(parents)
+        state_of = {id(parent): row for row, parent in enumerate(parents, start=len(self._states))}
+        tree = self.runner.tree
+        self._live += [_Live(one, tree.fork(one.parent.handle), state_of[id(one.parent)]) for one in joining]
+        self._states = torch.cat([self._states, *(parent.hidden[None] for parent in parents)])
+        self._sums = torch.cat([self._sums, self._sums.new_zeros((len(joining), self._sums.shape[1]))])
+        self._waiting = [branch for branch in self._waiting if self._tokens_left(branch) <= 0]
+
+    def _decode(self) -> list[FinishedBranch]:
+        """`step` for the live branches."""
         started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
         live = self._live
         tokens, logprobs = self._draw()
@@ -158,43 +178,30 @@ class StepDecoder:
             )
             for one, token in zip(live, tokens, strict=True)
         ]
+        finished = [
+            self._finish(row, tokens[row], logprobs[row], reason)
+            for row, reason in enumerate(reasons)
+            if reason is not None
+        ]
         going = [row for row, reason in enumerate(reasons) if reason is None]
-        hidden = None
+        states = self._states[:0]
         if going:
-            hidden = self.runner.extend_last([(live[row].handle, [tokens[row]]) for row in going])
+            states = self.runner.extend_last([(live[row].handle, [tokens[row]]) for row in going])
         # nothing below can fail: commit
-        for one, token, logprob in zip(live, tokens, logprobs, strict=True):
-            one.tokens.append(token)
-            one.logprob += logprob
-            self.usage(one.branch.parent.search).generated_tokens += 1
         searches = [one.branch.parent.search for one in live]
         self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
+        for search, count in Counter(searches).items():
+            self.usage(search).generated_tokens += count
+        for row in going:
+            live[row].tokens.append(tokens[row])
+            live[row].logprob += logprobs[row]
         for search in {searches[row] for row in going}:
             usage = self.usage(search)
             usage.decode_steps += 1
             usage.resident_token_steps += self._sample_residency(search)
-        finished += [self._finish(row, reason) for row, reason in enumerate(reasons) if reason is not None]
-        self._keep(going)
-        if hidden is not None:
-            self._states = hidden
-            self._sums += hidden
+        self._keep(going, states)
+        self._sums += states
         return finished
-
-    def _admit(self) -> list[FinishedBranch]:
-        """Open the waiting branches' parents, fork, and put the children among the live ones."""
-        if not self._waiting:
-            return []
-        joining = [branch for branch in self._waiting if self._tokens_left(branch) > 0]
-        no_room = [branch for branch in self._waiting if self._tokens_left(branch) <= 0]
-        parents = list({id(branch.parent): branch.parent for branch in joining}.values())
-        self.open(parents)
-        state_of = {id(parent): row for row, parent in enumerate(parents, start=len(self._states))}
-        tree = self.runner.tree
-        self._live += [_Live(one, tree.fork(one.parent.handle), state_of[id(one.parent)]) for one in joining]
-        self._states = torch.cat([self._states, *(parent.hidden[None] for parent in parents)])
-        self._sums = torch.cat([self._sums, self._sums.new_zeros((len(joining), self._sums.shape[1]))])
-        self._waiting = []
-        return [self._without_room(branch) for branch in no_room]
 
     def _tokens_left(self, branch: Branch) -> int:
         return min(branch.max_tokens, self.runner.context_tokens - branch.parent.path_tokens)
@@ -214,12 +221,13 @@ class StepDecoder:
         tokens, logprobs = sample(logits, [one.branch.sampling for one in live], draws)
         return tokens.tolist(), logprobs.tolist()
 
-    def _finish(self, row: int, reason: StopReason) -> FinishedBranch:
+    def _finish(self, row: int, token: int, logprob: float, reason: StopReason) -> FinishedBranch:
+        """The finished step of the live branch whose last token was just drawn; changes nothing."""
         one = self._live[row]
         ended = reason is StopReason.FINISHED
-        tokens = tuple(one.tokens[:-1] if ended else one.tokens)
-        read = len(one.tokens) - 1
-        mean = self._sums[row] / read if read else self._states[one.state]
+        tokens = tuple(one.tokens) if ended else (*one.tokens, token)
+        state, read = self._states[one.state], len(one.tokens)
+        mean = self._sums[row] / read if read else state
         parent = one.branch.parent
         leaf = Leaf(
             handle=one.handle,
@@ -227,10 +235,11 @@ class StepDecoder:
             pending=() if ended else tokens[-1:],
             recent=(*parent.recent, *tokens)[-CONTEXT_TOKENS:],
             path_tokens=parent.path_tokens + len(tokens),
-            hidden=self._states[one.state].clone() if ended else None,
+            hidden=state.clone() if ended else None,
         )
         text = self._stops.text(parent.recent, tokens)
-        return FinishedBranch(one.branch, leaf, tokens, text, reason, mean.float().cpu().numpy(), one.logprob)
+        hidden_mean = mean.float().cpu().numpy().copy()  # not a view that keeps the states of the whole batch
+        return FinishedBranch(one.branch, leaf, tokens, text, reason, hidden_mean, one.logprob + logprob)
 
     def _without_room(self, branch: Branch) -> FinishedBranch:
         parent = branch.parent
@@ -239,11 +248,12 @@ class StepDecoder:
         empty = np.zeros(self.runner.hidden_size, dtype=np.float32)
         return FinishedBranch(branch, leaf, (), "", StopReason.LENGTH, empty, 0.0)
 
-    def _keep(self, rows: list[int]) -> None:
-        """Keep only these live branches, each with a hidden state of its own."""
-        self._states = self._states[[self._live[row].state for row in rows]]
-        self._sums = self._sums[rows]
-        self._live = [self._live[row] for row in rows]
+    def _keep(self, rows: list[int], states: torch.Tensor | None = None) -> None:
+        """Keep only these live branches, each with a hidden state of its own: the given ones, or those it has."""
+        self._states = self._states[[self._live[row].state for row in rows]] if states is None else states
+        if len(rows) < len(self._live):
+            self._sums = self._sums[rows]
+            self._live = [self._live[row] for row in rows]
         for state, one in enumerate(self._live):
             one.state = state
 
@@ -258,9 +268,9 @@ class StepDecoder:
         self._usage.pop(search, None)
 
     def _charge(self, searches: Sequence[Hashable], seconds: float, moved_bytes: int) -> None:
-        for search in set(searches):
+        for search, rows in Counter(searches).items():
             usage = self.usage(search)
-            share = searches.count(search) / len(searches)
+            share = rows / len(searches)
             usage.busy_s += seconds * share
             usage.bytes_moved += round(moved_bytes * share)
 

@@ -86,7 +86,7 @@ class Runner:
         self.context_tokens = context_tokens(model.config)
         speed_up_linears(model)
         pool = KVPool(
-            probe_shapes(self._base),
+            probe_shapes(model),
             page_tokens=self.config.page_tokens,
             max_tokens=self.config.kv_pool_tokens,
             dtype=self.dtype,
@@ -174,9 +174,10 @@ class Runner:
         stored = [tree.num_tokens(handle) for handle, _ in rows]
         try:
             for handle, tokens in rows:
-                if tree.path_tokens(handle) + len(tokens) > self.context_tokens:
+                path_tokens = tree.path_tokens(handle)
+                if path_tokens + len(tokens) > self.context_tokens:
                     raise ContextLengthError(
-                        f"{tree.path_tokens(handle)} + {len(tokens)} tokens do not fit the model's context of "
+                        f"{path_tokens} + {len(tokens)} tokens do not fit the model's context of "
                         f"{self.context_tokens}; shorten the prompt or lower max_tokens"
                     )
                 tree.append(handle, len(tokens))

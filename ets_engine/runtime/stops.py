@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,12 +10,12 @@ from ets_engine.errors import ConfigError
 from ets_engine.types import StopReason
 
 CONTEXT_TOKENS = 8  # earlier tokens decoded along, so that a step's first token keeps its leading space
+_CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so an incomplete one at most 3 tokens
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
 
 
 class Detokenizer(Protocol):
     """The part of a transformers tokenizer that is needed here."""
-
-    def __len__(self) -> int: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of the tokens."""
@@ -48,21 +48,35 @@ class StopFinder:
     """Applies `StopRules` to growing token lists, decoding only when the newest token could complete a stop string.
 
     Args:
-        tokenizer: Decodes; its vocabulary is read once per set of last characters.
+        tokenizer: Decodes.
     """
 
     def __init__(self, tokenizer: Detokenizer) -> None:
         self._tokenizer = tokenizer
-        self._pieces: list[str] | None = None
-        self._closers: dict[tuple[str, ...], frozenset[int]] = {}
+        self._closing: dict[tuple[str, ...], dict[int, bool]] = {}  # by stop strings: what is known of each token
 
     def text(self, recent: Sequence[int], tokens: Sequence[int]) -> str:
-        """Text that `tokens` add after the tokens `recent`, special tokens left out."""
-        before = self._tokenizer.decode(list(recent), skip_special_tokens=True)
-        both = self._tokenizer.decode([*recent, *tokens], skip_special_tokens=True)
+        """Text that `tokens` add after the tokens `recent`, special tokens left out.
+
+        A character of several bytes belongs to the tokens that complete it.
+        """
+        first, before = self._complete(recent, range(_CHARACTER_TOKENS))
+        _, both = self._complete([*recent[first:], *tokens], [0])
         if both.startswith(before):
             return both[len(before) :]
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)  # `recent` ends inside a character
+        return self._decode(tokens)  # this tokenizer's text changes backwards
+
+    def _complete(self, tokens: Sequence[int], starts: Iterable[int]) -> tuple[int, str]:
+        """The first start from which the text has no incomplete character at either end, and that text."""
+        for first in starts:
+            for left_out in range(min(_CHARACTER_TOKENS, len(tokens) - first + 1)):
+                text = self._decode(tokens[first : len(tokens) - left_out])
+                if not text.endswith(_INCOMPLETE) and not (first and text.startswith(_INCOMPLETE)):
+                    return first, text
+        return 0, self._decode(tokens)  # not incomplete but wrong: the model wrote bytes that are no text
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def reason(
         self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], tokens_left: int
@@ -77,7 +91,7 @@ class StopFinder:
         """
         if tokens[-1] in rules.eos_ids:
             return StopReason.FINISHED
-        if tokens[-1] in self._closing(rules.strings):
+        if rules.strings and self._may_close(rules.strings, tokens[-1]):
             text = self.text(recent, tokens).lstrip()  # blank lines alone are no step
             if any(stop in text for stop in rules.strings):
                 return StopReason.BOUNDARY
@@ -85,21 +99,15 @@ class StopFinder:
             return StopReason.LENGTH
         return StopReason.BOUNDARY if len(tokens) >= rules.max_step_tokens else None
 
-    def _closing(self, strings: tuple[str, ...]) -> frozenset[int]:
-        """Ids of tokens that contain the last character of a stop string, or a part of a character."""
-        if not strings:
-            return frozenset()
-        found = self._closers.get(strings)
+    def _may_close(self, strings: tuple[str, ...], token: int) -> bool:
+        """Whether a token may hold the last character of a stop string, or complete one of several bytes."""
+        known = self._closing.setdefault(strings, {})
+        found = known.get(token)
         if found is None:
-            if self._pieces is None:
-                self._pieces = [self._tokenizer.decode([token]) for token in range(len(self._tokenizer))]
+            piece = self._tokenizer.decode([token])
             last = {stop[-1] for stop in strings}
-            if any(ord(character) > 127 for character in last):
-                last.add("\N{REPLACEMENT CHARACTER}")  # a byte token may complete a character of several bytes
-            found = frozenset(
-                token
-                for token, piece in enumerate(self._pieces)
-                if not piece or not last.isdisjoint(piece)  # a piece without text alone may have some in context
-            )
-            self._closers[strings] = found
+            # a token may have text, a space at its start or the end of a character that it does not show alone
+            found = not piece or " " in last or not last.isdisjoint(piece)
+            found = found or (_INCOMPLETE in piece and any(ord(character) > 127 for character in last))
+            known[token] = found
         return found

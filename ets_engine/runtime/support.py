@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ets_engine.errors import UnsupportedModelError
 from ets_engine.kv import LayerShape
-from ets_engine.runtime.hook import ATTENTION_NAME, ShapeProbe
+from ets_engine.runtime.hook import ATTENTION_NAME, PROBE_NAME, ShapeProbe
 
 # Config fields that name an attention or a state we cannot honour, and what they mean.
 _REFUSED_FIELDS = {
@@ -106,14 +106,16 @@ def use_tree_attention(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{kind} refuses an attention function from outside: {error}") from error
 
 
-def probe_shapes(base: PreTrainedModel) -> list[LayerShape]:
+def probe_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """K/V shapes of every layer, asked from the model itself by a forward pass of two tokens.
 
     Raises:
         UnsupportedModelError: a layer does something else than causal softmax attention over all earlier tokens.
     """
-    probe = ShapeProbe()
+    probe, base = ShapeProbe(), model.base_model
+    kind = type(base).__name__
     device = next(base.parameters()).device
+    model.set_attn_implementation(PROBE_NAME)
     try:
         with torch.inference_mode():
             base(
@@ -122,20 +124,24 @@ def probe_shapes(base: PreTrainedModel) -> list[LayerShape]:
                 use_cache=False,
                 ets_tree=probe,
             )
-    except TypeError as error:
-        raise UnsupportedModelError(f"{type(base).__name__} does not take our keyword arguments: {error}") from error
-    layers = base.config.get_text_config(decoder=True).num_hidden_layers
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever model code raises when it is called as a decoder
+        raise UnsupportedModelError(f"{kind} cannot run as a packed decoder without a cache: {error}") from error
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+    layers = text_config(model).num_hidden_layers
     if sorted(probe.shapes) != list(range(layers)) or probe.calls != layers:
         raise UnsupportedModelError(
-            f"{type(base).__name__} has {layers} layers, but {probe.calls} attention calls in layers "
-            f"{sorted(probe.shapes)}: some layers keep another state than K/V"
+            f"{kind} has {layers} layers, but {probe.calls} attention calls in layers {sorted(probe.shapes)}: some "
+            "layers attend more than once, or keep another state than K/V"
         )
-    limit = context_tokens(base.config)
+    limit = context_tokens(model.config)
     for layer, window in probe.windows.items():
         if window < limit:
             raise UnsupportedModelError(
-                f"{type(base).__name__} layer {layer} sees only a sliding window of {window} tokens, its context is "
-                f"{limit}; set sliding_window=None, or max_position_embeddings={window} to stay inside the window"
+                f"{kind} layer {layer} sees only a sliding window of {window} tokens, its context is {limit}; set "
+                f"sliding_window=None, or max_position_embeddings={window} to stay inside the window"
             )
     return [probe.shapes[layer] for layer in range(layers)]
 

@@ -13,7 +13,7 @@ from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.runtime import Branch, Leaf, Runner, SamplingParams, StepDecoder, StopRules
 from ets_engine.types import StopReason
 
-from .conftest import VOCABULARY, plain_logits, tiny_model
+from .conftest import plain_logits, tiny_model
 
 PLAIN = SamplingParams()
 GREEDY = SamplingParams(temperature=0.0)
@@ -22,9 +22,6 @@ PROMPT = [5, 9, 33, 12, 7, 50, 3]
 
 class Letters:
     """A tokenizer of one letter per id; ids 0 to 2 are special and 10 is a line end."""
-
-    def __len__(self) -> int:
-        return VOCABULARY
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return "".join("\n" if i == 10 else chr(60 + i) for i in token_ids if i > 2 or not skip_special_tokens)
@@ -160,6 +157,77 @@ def test_a_full_pool_loses_no_branch_and_no_page() -> None:
     roomy = decoder_for("llama")
     roomy.submit([branch(roomy.start(PROMPT, "a"), node, max_step_tokens=12) for node in range(1, 5)])
     assert [step.token_ids for step in steps] == [step.token_ids for step in roomy.run()]
+
+
+def test_a_full_pool_loses_no_step_that_has_no_room_either() -> None:
+    decoder = decoder_for("llama", kv_pool_tokens=32)
+    prompt = decoder.start(PROMPT, "a")
+    decoder.submit([branch(prompt, node) for node in range(1, 9)])
+    decoder.submit([branch(prompt, 9, max_tokens=0)])
+    for _ in range(2):
+        with pytest.raises(PoolExhaustedError):
+            decoder.step()
+        assert decoder.num_branches == 9
+    decoder.cancel("b")
+    assert decoder.num_branches == 9
+    decoder.cancel("a")
+    assert decoder.num_branches == 0
+    decoder.release(prompt)
+    assert len(decoder.runner.tree) == 0
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_a_forward_pass_that_fails_changes_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever layer call fails (prompt chunks, decode steps), all is freed and trying again gives the same steps."""
+
+    def steps(decoder: StepDecoder, retry: bool) -> list[tuple[int, ...]]:
+        leaf = decoder.start(PROMPT, "a")
+        decoder.submit([branch(leaf, node, max_step_tokens=4) for node in (1, 2, 3)])
+        finished = []
+        while decoder.num_branches:
+            try:
+                finished += decoder.step()
+            except RuntimeError as error:
+                assert retry and str(error) == "a layer failed"
+                tree = decoder.runner.tree
+                tree.check_integrity()
+                assert tree.resident_tokens == sum(tree.num_tokens(handle) for handle in tree._nodes)
+                assert tree.num_tokens(leaf.handle) in (0, len(PROMPT))
+        return [step.token_ids for step in sorted(finished, key=lambda step: step.branch.node)]
+
+    expected = steps(decoder_for("llama", prefill_chunk_tokens=3), retry=False)
+    decoder = decoder_for("llama", prefill_chunk_tokens=3)
+    layer = decoder.runner.model.model.layers[1]
+    usual, calls = layer.forward, 0
+
+    def forward(*args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing + 1:
+            raise RuntimeError("a layer failed")
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    assert steps(decoder, retry=True) == expected
+
+
+def test_a_very_wide_batch_and_a_prompt_of_one_token() -> None:
+    decoder, model = decoder_for("qwen3"), tiny_model("qwen3")
+    prompt = decoder.start([5], "search")
+    decoder.submit([branch(prompt, node, max_step_tokens=3) for node in range(1, 401)])
+    finished = decoder.run()
+    tree = decoder.runner.tree
+    assert tree.resident_tokens == 1 + 400 * 2
+    assert len({step.token_ids for step in finished}) > 300
+    for step in finished[::57]:
+        logprobs = plain_logits(model, [5, *step.token_ids]).log_softmax(-1)
+        expected = sum(float(logprobs[i, token]) for i, token in enumerate(step.token_ids))
+        assert step.logprob == pytest.approx(expected, abs=1e-3)
+    for step in finished:
+        decoder.release(step.leaf)
+    decoder.release(prompt)
+    tree.check_integrity()
+    assert tree.resident_pages == 0
 
 
 def test_usage_counts_each_search() -> None:

@@ -106,6 +106,24 @@ def test_a_full_pool_changes_nothing() -> None:
     assert (logits - plain_logits(model, [*prompt, 4, 5, 6, 7, 8])[-1]).abs().max() < MAX_ERROR
 
 
+def test_a_leaf_that_was_cut_goes_on_from_there() -> None:
+    """While others of its batch stay, and with the slots it gave back handed to another leaf."""
+    runner, model = Runner(tiny_model("qwen2"), EngineConfig(page_tokens=4)), tiny_model("qwen2")
+    tree, root = runner.tree, runner.tree.root()
+    runner.extend([(root, list(range(3, 12)))])
+    left, right = tree.fork(root), tree.fork(root)
+    for token in range(20, 30):
+        runner.extend([(left, [token]), (right, [token + 5])])
+    tree.truncate(left, 2)
+    other = tree.fork(root)
+    runner.extend([(other, [40] * 7)])
+    for token in (50, 51, 52):
+        hidden = runner.extend([(left, [token]), (right, [token])])
+    logits = runner.logits(hidden)
+    for row, ids in enumerate(([20, 21, 50, 51, 52], [*range(25, 35), 50, 51, 52])):
+        assert (logits[row] - plain_logits(model, [*range(3, 12), *ids])[-1]).abs().max() < MAX_ERROR
+
+
 def test_a_path_beyond_the_context_is_refused_whole() -> None:
     runner = Runner(tiny_model("llama"))
     root = runner.tree.root()

@@ -7,23 +7,34 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BertConfig,
     BloomConfig,
     CohereConfig,
     DeepseekV3Config,
+    DogeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForTokenClassification,
     MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
+    NemotronConfig,
     Phi3Config,
+    PhimoeConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
     T5Config,
+    XLNetConfig,
 )
 
 from ets_engine.errors import UnsupportedModelError
@@ -40,6 +51,17 @@ REFUSED: list[tuple[PretrainedConfig, str]] = [
     (Gemma3TextConfig(**GQA, head_dim=8, sliding_window=16), "sliding window of 16"),
     (MistralConfig(**GQA, sliding_window=16), "sliding window of 16"),
     (Qwen2Config(**GQA, use_sliding_window=True, sliding_window=16, max_window_layers=1), "sliding window of 16"),
+    # this one tells its window to nobody but the mask
+    (PhimoeConfig(**GQA, sliding_window=16, num_local_experts=4, num_experts_per_tok=2), "sliding window of 16"),
+    (Llama4TextConfig(**GQA, head_dim=8, attention_chunk_size=16, num_local_experts=2), "chunked attention"),
+    (DogeConfig(**GQA), "masks its scores in a way of its own"),
+    (Qwen3NextConfig(**GQA, num_experts=4), "recurrent state"),
+    (RecurrentGemmaConfig(**GQA, lru_width=32), "recurrent state"),
+    (RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2), "recurrent state"),
+    (MiniMaxConfig(**GQA, layer_types=["linear_attention", "full_attention", "full_attention"]), "another state"),
+    (NemotronConfig(**GQA), "does not pass the forward's keyword arguments on"),
+    (XLNetConfig(vocab_size=61, d_model=32, n_layer=2, n_head=4, d_inner=48), "attention code of its own"),
+    (BertConfig(**COMMON), "not causal"),
     (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
     (
         DeepseekV3Config(
@@ -65,6 +87,8 @@ ACCEPTED: list[PretrainedConfig] = [
     CohereConfig(**GQA, logit_scale=0.25),
     GraniteConfig(**GQA, logits_scaling=4.0, attention_multiplier=0.2),
     Phi3Config(**GQA, sliding_window=None),
+    MistralConfig(**GQA, sliding_window=256),  # as long as the context
+    JetMoeConfig(**GQA, kv_channels=8, num_local_experts=4, num_experts_per_tok=2),
     Qwen3MoeConfig(**GQA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 ]
 
@@ -81,12 +105,12 @@ def test_accepted_without_code_of_its_own(config: PretrainedConfig) -> None:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config).eval()
     runner = Runner(model)
-    prompt = runner.tree.root()
-    runner.extend([(prompt, [5, 6, 7, 8])])
+    prompt, ids = runner.tree.root(), list(range(3, 58))
+    runner.extend([(prompt, ids)])
     leaf = runner.tree.fork(prompt)
     logits = runner.logits(runner.extend_last([(leaf, [9, 10])]))[0]
     model.set_attn_implementation("eager")
-    assert (logits - plain_logits(model, [5, 6, 7, 8, 9, 10])[-1]).abs().max() < 1e-4
+    assert (logits - plain_logits(model, [*ids, 9, 10])[-1]).abs().max() < 1e-4
 
 
 def test_the_probe_catches_what_no_list_names(monkeypatch: pytest.MonkeyPatch) -> None:

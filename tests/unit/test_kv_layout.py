@@ -94,6 +94,23 @@ def test_grown_layouts_equal_layouts_built_afresh() -> None:
         assert grown.distinct_tokens == fresh.distinct_tokens
 
 
+def test_a_plan_that_was_being_grown_when_something_failed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, _, left, right = small_tree()
+    builder = LayoutBuilder(tree)
+    grow = builder._grow_tails
+    for step in range(2):
+        tree.append(left, 1)
+        tree.append(right, 1)
+        rows = [Row(left, 2 + step, 1), Row(right, step, 1)]
+        monkeypatch.setattr(builder, "_grow_tails", lambda rows: (grow(rows), 1 / 0))
+        if step == 1:
+            with pytest.raises(ZeroDivisionError):
+                builder.build(rows)
+        layout = builder.build(rows)
+    assert layout.position_ids.tolist() == [9, 7]
+    assert [len(slots) for slots in visible_slots(layout)] == [10, 8]
+
+
 def test_pages_come_contiguous_where_possible() -> None:
     pool = KVPool([LayerShape(1, 8)], page_tokens=4, initial_tokens=40)
     assert pool.allocate(3) == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Draws follow the distribution that the cuts leave, depend only on their key, and stop strings are found."""
+"""Draws follow the distribution that the cuts leave and depend only on their key."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ets_engine.errors import ConfigError
-from ets_engine.runtime import SamplingParams, StopFinder, StopRules, sample, uniforms
-from ets_engine.types import StopReason
+from ets_engine.runtime import SamplingParams, sample, uniforms
 
 
 def counts(logits: list[float], params: SamplingParams, draws: int = 20_000) -> np.ndarray:
@@ -121,42 +120,3 @@ def test_numbers_depend_on_seed_node_and_position_and_are_uniform() -> None:
 def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         SamplingParams(**bad)
-
-
-class Words:
-    """A tokenizer over a fixed list of pieces; the last one is special."""
-
-    pieces = ("Step", " one", "\n", ".\n\nThen", "x", "\n\n", "<eos>", "")
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        return "".join(self.pieces[i] for i in token_ids if i != 6 or not skip_special_tokens)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([0, 1], None),
-        ([0, 2], None),
-        ([0, 2, 2], StopReason.BOUNDARY),  # the stop string straddles two tokens
-        ([0, 3], StopReason.BOUNDARY),  # and may lie inside one
-        ([0, 5], StopReason.BOUNDARY),
-        ([5], None),  # a blank line alone is no step
-        ([2, 2], None),
-        ([5, 4, 5], StopReason.BOUNDARY),
-        ([4, 6], StopReason.FINISHED),
-        ([4, 4, 4, 4], StopReason.BOUNDARY),  # max_step_tokens
-        ([4, 4, 4, 4, 4, 4], StopReason.LENGTH),  # max_tokens
-    ],
-)
-def test_where_steps_end(tokens: list[int], expected: StopReason | None) -> None:
-    rules = StopRules(strings=("\n\n",), eos_ids=frozenset([6]), max_step_tokens=4)
-    assert StopFinder(Words()).reason(rules, [0], tokens, tokens_left=6) is expected
-
-
-def test_text_is_what_the_tokens_add() -> None:
-    assert StopFinder(Words()).text([0], [1, 6]) == " one"
-    with pytest.raises(ConfigError, match="stop strings"):
-        StopRules(strings=("",))

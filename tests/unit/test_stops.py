@@ -1,0 +1,128 @@
+"""Where steps end, and that their texts make up the trajectory's, whatever bytes the tokenizer cuts it into."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import normalizers as norm
+
+from ets_engine.errors import ConfigError
+from ets_engine.runtime import StopFinder, StopRules
+from ets_engine.runtime.stops import CONTEXT_TOKENS
+from ets_engine.types import StopReason
+
+
+class Words:
+    """A tokenizer over a fixed list of pieces; the last one is special."""
+
+    pieces = ("Step", " one", "\n", ".\n\nThen", "x", "\n\n", "<eos>", "")
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(self.pieces[i] for i in token_ids if i != 6 or not skip_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([0, 1], None),
+        ([0, 2], None),
+        ([0, 2, 2], StopReason.BOUNDARY),  # the stop string straddles two tokens
+        ([0, 3], StopReason.BOUNDARY),  # and may lie inside one
+        ([0, 5], StopReason.BOUNDARY),
+        ([5], None),  # a blank line alone is no step
+        ([2, 2], None),
+        ([5, 4, 5], StopReason.BOUNDARY),
+        ([4, 6], StopReason.FINISHED),
+        ([4, 4, 4, 4], StopReason.BOUNDARY),  # max_step_tokens
+        ([4, 4, 4, 4, 4, 4], StopReason.LENGTH),  # max_tokens
+    ],
+)
+def test_where_steps_end(tokens: list[int], expected: StopReason | None) -> None:
+    rules = StopRules(strings=("\n\n",), eos_ids=frozenset([6]), max_step_tokens=4)
+    assert StopFinder(Words()).reason(rules, [0], tokens, tokens_left=6) is expected
+
+
+def test_text_is_what_the_tokens_add() -> None:
+    assert StopFinder(Words()).text([0], [1, 6]) == " one"
+    with pytest.raises(ConfigError, match="stop strings"):
+        StopRules(strings=("",))
+
+
+class Decoder:
+    """A tokenizer of the `tokenizers` library with the decode method of transformers."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def byte_level() -> Decoder:
+    """As GPT-2 and Qwen: every byte a token, and one token that ends inside a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    space, first_byte = "\u0120", "\u00e4"  # how " " and the byte E4 are spelt
+    vocabulary = {piece: i for i, piece in enumerate([*alphabet, space + first_byte])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(space, first_byte)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return Decoder(tokenizer)
+
+
+def byte_fallback() -> Decoder:
+    """As Llama 2: characters outside the vocabulary as bytes, a leading space that only decoding in context shows."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u00e9", "\u2581a"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = norm.Sequence([norm.Prepend("\u2581"), norm.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Decoder(tokenizer)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@given(text=st.text(alphabet="ab \n\u00e9\u4e2d\u4e8c\U0001f600", min_size=1, max_size=30), data=st.data())
+def test_texts_of_steps_cut_anywhere_make_up_the_whole_text(make, text: str, data: st.DataObject) -> None:
+    """Also inside a character: it then belongs to the step that completes it, and shows no replacement characters."""
+    tokenizer = make()
+    finder = StopFinder(tokenizer)
+    ids = tokenizer.encode("ab" + text)  # the prompt is "ab"
+    prompt = len(tokenizer.encode("ab"))
+    assert tokenizer.decode(ids) == "ab" + text
+    cuts = sorted(data.draw(st.sets(st.integers(prompt, len(ids)), max_size=6)) | {prompt, len(ids)})
+    texts = [finder.text(ids[:start][-CONTEXT_TOKENS:], ids[start:stop]) for start, stop in pairwise(cuts)]
+    assert "".join(texts) == text
+
+
+def test_bytes_that_are_no_text_lose_nothing_around_them() -> None:
+    tokenizer = byte_level()
+    (wrong,) = {tokenizer.encode("\u4e2d")[1]}
+    a, b = tokenizer.encode("a") + tokenizer.encode("b")
+    for ids in ([a, *[wrong] * 6, b], [wrong] * 9 + [a], [a, wrong, b]):
+        text = StopFinder(tokenizer).text(ids[:-1][-CONTEXT_TOKENS:], ids[-1:])
+        assert text.lstrip("\N{REPLACEMENT CHARACTER}") == tokenizer.decode(ids[-1:])
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@pytest.mark.parametrize("stop", ["\n\n", "\u4e2d", "a ", "b\u00e9", " a"])
+def test_stop_strings_are_found_at_the_token_that_completes_them(make, stop: str) -> None:
+    tokenizer = make()
+    finder, rules = StopFinder(tokenizer), StopRules((stop,), max_step_tokens=100)
+    prompt = tokenizer.encode("ab")
+    ids = tokenizer.encode(f"abb\n{stop}a")[len(prompt) :]
+    for count in range(1, len(ids) + 1):
+        reason = finder.reason(rules, prompt, ids[:count], tokens_left=100)
+        text = finder.text(prompt, ids[:count])
+        assert (reason is StopReason.BOUNDARY) == (stop in text)
+        if reason is not None:
+            break
+    else:
+        pytest.fail("never found")
