@@ -9,7 +9,6 @@ from functools import lru_cache
 
 from ets_engine.symbolic import SymbolicProcess
 
-_TAIL = 20_000  # characters at the end of a solution that are searched for its answer
 _LONGEST = 300  # characters of an answer that more than a comparison of texts is worth
 
 _HOPED = re.compile(r"final answer is:?\s?\$([^$\n]{1,300})\$\.? I hope")
@@ -59,7 +58,6 @@ def extract_answer(text: str) -> str | None:
         >>> extract_answer("Then 3 + 4 = 7.\nThe answer is 7."), extract_answer("no idea")
         ('7', None)
     """
-    text = text[-_TAIL:]
     if hoped := _HOPED.findall(text):
         return _clean(hoped[-1])
     if (boxed := _last_boxed(text)) is not None:

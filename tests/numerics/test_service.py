@@ -134,6 +134,10 @@ def test_the_seed_decides(engine: ETSEngine, folders: tuple[str, str]) -> None:
     assert len(traces) == 3 and result.trace in traces
 
 
+def test_greedy_has_no_seed_in_it(engine: ETSEngine) -> None:
+    assert engine.search(PROBLEM, settings("greedy", seed=1)).text == engine.search(PROBLEM, settings("greedy")).text
+
+
 def test_a_search_of_the_callers_own(engine: ETSEngine) -> None:
     """A verifier function, a selector and events instead of the built-in ones."""
     seen: list[tuple[str, ...]] = []
@@ -265,6 +269,21 @@ def test_a_small_pool_gives_errors_as_data(folders: tuple[str, str], pool_tokens
     if pool_tokens == 16:
         assert (result.finish_reason, result.num_errors, result.text) == ("error", 16, "")
     assert small.search(PROBLEM, settings("greedy")).num_errors == (pool_tokens <= 32)
+    check_nothing_is_left(small)
+
+
+def test_a_round_that_ran_out_of_memory_frees_what_it_decoded(folders: tuple[str, str]) -> None:
+    """Pages of 4 in a pool of 32: the prompt takes 4 of 8, so that 5 branches cannot all have one."""
+    small = ETSEngine.from_pretrained(*folders, EngineConfig(device="cpu", page_tokens=4, kv_pool_tokens=32))
+    assert small._decoder is not None
+    policy = TreePolicy(small._decoder, small._format, PROBLEM, settings(), "mine")
+    assert policy.start() == PROMPT_TOKENS
+    steps = policy.expand([0] * 5, range(1, 6))
+    assert [step.stop for step in steps] == [StopReason.ERROR] * 5
+    assert all(step.error is not None and "kv_pool_tokens" in step.error for step in steps)
+    assert runners(small)[0].tree.resident_tokens == PROMPT_TOKENS
+    assert [step.stop for step in policy.expand([0] * 2, [6, 7])] == [StopReason.BOUNDARY] * 2, "others may go on"
+    policy.close()
     check_nothing_is_left(small)
 
 
@@ -446,11 +465,11 @@ def test_the_reference_engine_reads_its_own_problems_only(
     reference = ETSEngine.from_pretrained(config=PAGES)
     problem = "Use 4, 6, 10 and 19 to make 16."
     loose = "use 19, 10, 6 and  4 to make 16"
-    wide = SearchConfig(strategy="rebase", width=4, max_steps=2, seed=1, trace=True)
+    wide = SearchConfig(strategy="rebase", width=16, max_steps=2, seed=1, trace=True)
     result, same = reference.search(problem, wide), reference.search(loose, wide)
     assert result.trace == same.trace and (result.problem, same.problem) == (problem, loose)
     assert result.prompt_tokens == 1 + len(problem) + 1
-    assert result.trace is not None and max(node.num_tokens for node in result.trace[1:]) <= 48
+    assert result.trace is not None and max(node.num_tokens for node in result.trace[1:]) == 48
     assert all("\n" not in node.text.strip() for node in result.trace), "a line is a step"
     assert result.answer is None, "random lines state no expression"
     with pytest.raises(ReferenceDomainError, match="--model"):

@@ -70,6 +70,7 @@ SAME = [
     (r"\left( \frac{3}{2}, -13 \right)", "(1.5,-13)"),
     ("(3,4]", "(3, 4]"),
     ("1,-2", "-2,1"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty) \cup (-\infty,2)"),
     (r"3 \text{ or } 5", "5,3"),
     (r"1 \pm \sqrt{19}", r"1+\sqrt{19},1-\sqrt{19}"),
     (r"11\sqrt2", r"11 \sqrt{2}"),
@@ -160,6 +161,12 @@ def test_nonsense_is_quick(text: str) -> None:
     assert time.process_time() - started_s < 1.0
 
 
+def test_long_answers_are_compared_as_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ets_engine.answers._symbolic", None)
+    long = "x+" * 200 + "1"
+    assert same_answer(long, f" {long}") and not same_answer(long, "1") and not same_answer("y", long)
+
+
 @pytest.fixture
 def process() -> Iterator[SymbolicProcess]:
     started = SymbolicProcess(limit_s=1)
@@ -171,12 +178,13 @@ def test_what_never_ends_is_given_up(process: SymbolicProcess) -> None:
     assert process.same("x+1", "1+x")
     started_s = time.monotonic()
     assert not process.same("9^{9^9}", "3")
-    assert time.monotonic() - started_s < 30.0  # about a second; by itself it takes hours
+    assert time.monotonic() - started_s < 15.0  # about a second; by itself it takes hours
     assert process.same("x+2", "2+x"), "the next comparison gets a new process"
     assert not process.same("9^{9^9}", "4")
+    assert process.same("x+3", "3+x")
     alive = process._process
     assert not process.same("9^{9^9}", "5")
-    assert process._process is alive, "it was not tried a third time"
+    assert alive is not None and process._process is alive, "it was not tried a third time"
 
 
 def test_a_dead_process_is_replaced(process: SymbolicProcess) -> None:
