@@ -140,13 +140,9 @@ def _misread(rng: Random, problem: StoryProblem, name: str) -> Quantity:
     """A person's quantity with another person, number or relation in it."""
     quantity = problem.quantities[name]
     sides: list[int | str] = [quantity.left, quantity.right]
-    if isinstance(quantity.left, str) and rng.random() < 0.5:
-        op = rng.choice(
-            [other for other in ("+-" if isinstance(quantity.right, str) else "+-*/") if other != quantity.op]
-        )
-        if op == "/":
-            sides[1] = rng.choice(list(SHARES.values()))
-        return replace(quantity, op=op, right=sides[1])
+    if isinstance(quantity.left, str) and isinstance(quantity.right, int) and rng.random() < 0.5:
+        op = rng.choice([other for other in "+-*/" if other != quantity.op])
+        return replace(quantity, op=op, right=rng.choice(list(SHARES.values())) if op == "/" else quantity.right)
     place = rng.randrange(2)
     side = sides[place]
     if isinstance(side, str):

@@ -24,15 +24,14 @@ NAMES = (
 ITEMS = "apples books cards coins eggs flags keys lamps maps pens plums rings shells stamps toys trees".split()
 SHARES = {"half": 2, "a third": 3, "a quarter": 4, "a fifth": 5}
 
-_TEMPLATES = {  # relation -> wordings; {b} has, compared with {a} and {c}
-    "given": ("{b} has {n} {item}.", "There are {n} {item} in the bag of {b}."),
-    "boxes": ("{b} has {n} boxes of {m} {item} each.", "{b} bought {n} packs with {m} {item} in each pack."),
-    "more": ("{b} has {n} more {item} than {a}.", "{a} has {n} fewer {item} than {b}."),
-    "fewer": ("{b} has {n} fewer {item} than {a}.", "{a} has {n} more {item} than {b}."),
-    "times": ("{b} has {n} times as many {item} as {a}.", "For each of the {item} of {a}, {b} has {n}."),
-    "share": ("{b} has {share} as many {item} as {a}.",),
-    "both": ("{b} has as many {item} as {a} and {c} together.",),
-    "gap": ("{b} has as many {item} as {a} would have after giving {c} as many as {c} has.",),
+_TEMPLATES = {  # relation -> wording; {b} has, compared with {a} and {c}
+    "given": "{b} has {n} {item}.",
+    "boxes": "{b} has {n} boxes of {m} {item} each.",
+    "more": "{b} has {n} more {item} than {a}.",
+    "fewer": "{b} has {n} fewer {item} than {a}.",
+    "times": "{b} has {n} times as many {item} as {a}.",
+    "share": "{b} has {share} as many {item} as {a}.",
+    "both": "{b} has as many {item} as {a} and {c} together.",
 }
 _QUESTION_ONE = "How many {item} does {b} have?"
 _QUESTION_MANY = "How many {item} do {people} have together?"
@@ -60,13 +59,7 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\\{(\w+)\\\}", group, re.escape(template)))
 
 
-# "fewer" in its second wording reads exactly like "more" in its first with the names swapped, and the other way
-# round: who is known decides which of the two it is, so parsing only needs the first wordings.
-_PATTERNS = [
-    (relation, _pattern(template))
-    for relation, templates in _TEMPLATES.items()
-    for template in (templates if relation not in ("more", "fewer") else templates[:1])
-]
+_PATTERNS = [(relation, _pattern(template)) for relation, template in _TEMPLATES.items()]
 _PATTERN_ONE = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) does (?P<b>{'|'.join(NAMES)}) have\?")
 _PATTERN_MANY = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) do (?P<people>.+) have together\?")
 _ANSWER = re.compile(r"Answer: ([0-9]{1,6})$")
@@ -74,9 +67,9 @@ _ANSWER = re.compile(r"Answer: ([0-9]{1,6})$")
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """How many `item` one person has: a given number, or an operation on others' numbers.
+    """How many `item` one person has: a given number (op ""), or an operation on others' numbers.
 
-    `left op right`, each side a number or another person's name; a given number has op "".
+    `left op right` is number * number, name op number, or name + name.
     """
 
     item: str
@@ -170,7 +163,7 @@ def _is_sound(problem: StoryProblem) -> bool:
 
 
 def _resolve(facts: Sequence[tuple[str, dict[str, str]]]) -> dict[str, Quantity] | None:
-    """Turn sentences into quantities; a comparison defines whichever of its two people is not known otherwise."""
+    """Turn sentences into quantities, in any order in which everybody compared with is known."""
     quantities: dict[str, Quantity] = {}
     waiting = list(facts)
     while waiting:
@@ -198,20 +191,13 @@ def _define(
     if relation == "boxes":
         return b, Quantity(item, int(slots["n"]), "*", int(slots["m"]))
     a = slots["a"]
-    if relation in ("more", "fewer"):
-        up, down = ("+", "-") if relation == "more" else ("-", "+")
-        if a in known and b not in known:
-            return b, Quantity(item, a, up, int(slots["n"]))
-        if b in known and a not in known:
-            return a, Quantity(item, b, down, int(slots["n"]))
-        return None, None
     if a not in known or ("c" in slots and slots["c"] not in known):
         return None, None
-    if relation == "times":
-        return b, Quantity(item, a, "*", int(slots["n"]))
+    if relation == "both":
+        return b, Quantity(item, a, "+", slots["c"])
     if relation == "share":
         return b, Quantity(item, a, "/", SHARES[slots["share"]])
-    return b, Quantity(item, a, "+" if relation == "both" else "-", slots["c"])
+    return b, Quantity(item, a, {"more": "+", "fewer": "-", "times": "*"}[relation], int(slots["n"]))
 
 
 def generate(rng: Random, level: int) -> tuple[StoryProblem, list[str]]:
@@ -233,7 +219,7 @@ def _build(rng: Random, level: int) -> tuple[StoryProblem, list[str]] | None:
     unused: list[str] = []  # people nobody's number was computed from yet
 
     def tell(relation: str, **slots: int | str) -> None:
-        sentences.append(rng.choice(_TEMPLATES[relation]).format(item=slots.pop("item", item), **slots))
+        sentences.append(_TEMPLATES[relation].format(item=slots.pop("item", item), **slots))
 
     def give(kind: str = item) -> str:
         name, number = names.pop(), rng.randint(3, 60)
@@ -249,20 +235,18 @@ def _build(rng: Random, level: int) -> tuple[StoryProblem, list[str]] | None:
 
     def derive(source: str | None) -> str | None:
         name = names.pop()
-        kind = rng.choices(("boxes", "more", "fewer", "times", "share", "both", "gap"), (2, 4, 4, 4, 3, 3, 1))[0]
+        kind = rng.choices(("boxes", "more", "fewer", "times", "share", "both"), (2, 4, 4, 4, 3, 3))[0]
         if kind == "boxes" and source is None:
             n, m = rng.randint(2, 12), rng.randint(3, 30)
             quantity = Quantity(item, n, "*", m)
             slots: dict[str, int | str] = {"n": n, "m": m}
         else:
             a = source or pick()
-            if kind in ("both", "gap"):
+            if kind == "both":
                 c = pick() if source is None else rng.choice(list(quantities))
                 if c == a:
                     return None
-                if kind == "gap" and values[a] < values[c]:
-                    a, c = c, a
-                quantity, slots = Quantity(item, a, "+" if kind == "both" else "-", c), {"a": a, "c": c}
+                quantity, slots = Quantity(item, a, "+", c), {"a": a, "c": c}
             elif kind == "share":
                 word, n = rng.choice([pair for pair in SHARES.items() if values[a] % pair[1] == 0] or [("", 0)])
                 if not n:
@@ -336,8 +320,6 @@ def tell_step(name: str, quantity: Quantity, values: Mapping[str, int]) -> str:
             how = f"{left} boxes of {right}"
         case (_, "+", str()):
             how = f"{left} and {right}"
-        case (_, "-", str()):
-            how = f"{left} after giving {right}"
         case (_, "+", _):
             how = f"{right} more than {left}"
         case (_, "-", _):
