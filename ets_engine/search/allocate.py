@@ -101,9 +101,10 @@ def floor_one_shares(scores: Sequence[float], width: int, *, temperature: float)
     """
     if len(scores) > width:
         raise ValueError(f"{len(scores)} leaves cannot get one child each out of width {width}; keep fewer leaves")
-    weights = softmax(scores, temperature)
-    rest = largest_remainder_shares(weights.tolist(), width - len(scores))
-    return tuple(1 + share for share in rest)
+    weights = softmax(scores, temperature).tolist()
+    order = best_first(scores)  # scores may differ by less than their weights can show: the better leaf goes first
+    rest = largest_remainder_shares([weights[leaf] for leaf in order], width - len(scores))
+    return scatter([1 + share for share in rest], order, len(scores))
 
 
 def largest_remainder_shares(weights: Sequence[float], width: int) -> tuple[int, ...]:
