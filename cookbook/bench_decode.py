@@ -5,10 +5,12 @@ include reading the prompt. Prints a table, then one JSON line, and appends that
 
     python cookbook/bench_decode.py                      # 188M parameters, bf16, 64 branches x 64 tokens; minutes
     python cookbook/bench_decode.py --dtype float32
-    python cookbook/bench_decode.py --small              # toy size; seconds
+    python cookbook/bench_decode.py --shape reference --branches 16     # the shape of the shipped policy, fp32
+    python cookbook/bench_decode.py --shape toy          # seconds; writes no row
 
-On a CPU without bf16 instructions part of the gain in bf16 comes from how our linear layers multiply, not from sharing;
-`--dtype float32` shows sharing alone.
+On a CPU part of the gain comes from how our linear layers multiply (`ets_engine/runtime/linear.py`), not from sharing:
+in fp32 on AMD's AVX-512 about half of their time, in bf16 without bf16 instructions most of it, in bf16 with them a
+tenth. CPU seconds stand beside the wall times: where they differ by much, the machine was busy with something else.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,24 +51,39 @@ class Workload:
     vocabulary: int = 32_000
 
 
-SMALL = Workload(
-    prompt_tokens=48,
-    branches=8,
-    new_tokens=8,
-    hidden=64,
-    intermediate=128,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    vocabulary=256,
-)
+SHAPES = {
+    "large": Workload(),
+    "reference": Workload(
+        prompt_tokens=30,
+        new_tokens=40,
+        hidden=192,
+        intermediate=512,
+        layers=6,
+        heads=6,
+        kv_heads=3,
+        vocabulary=133,
+    ),
+    "toy": Workload(
+        prompt_tokens=48,
+        branches=8,
+        new_tokens=8,
+        hidden=64,
+        intermediate=128,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        vocabulary=256,
+    ),
+}
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16")  # that matter to matmuls
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One side's runs: seconds each, and the most KV bytes it held."""
+    """One side's runs: wall and CPU seconds of each, and the most KV bytes it held."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
     peak_kv_bytes: int
 
     def tokens_per_s(self, tokens: int) -> float:
@@ -75,10 +93,6 @@ class Measurement:
 
 class NoTokenizer:
     """Ids stay ids: nothing is decoded here."""
-
-    def __len__(self) -> int:
-        """No token has text."""
-        return 0
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """No text."""
@@ -104,28 +118,25 @@ def build_model(work: Workload, dtype: torch.dtype, device: str, seed: int) -> L
     return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
 
 
-def run_ours(runner: Runner, prompt: list[int], work: Workload, seed: int) -> tuple[float, int]:
-    """Seconds and peak bytes of KV pages of one run."""
+def run_ours(runner: Runner, prompt: list[int], work: Workload, seed: int) -> int:
+    """Peak bytes of KV pages of one run."""
     decoder = StepDecoder(runner, NoTokenizer())
     runner.tree.reset_peak()
-    started_s = time.perf_counter()
     root = decoder.start(prompt, "bench")
     rules = StopRules(strings=(), max_step_tokens=work.new_tokens)
     decoder.submit(
         [Branch(root, node, seed, SamplingParams(), rules, work.new_tokens) for node in range(1, work.branches + 1)]
     )
     steps = decoder.run()
-    seconds = time.perf_counter() - started_s
     assert all(len(step.token_ids) == work.new_tokens for step in steps)
     for leaf in (root, *(step.leaf for step in steps)):
         decoder.release(leaf)
-    return seconds, runner.tree.peak_pages * runner.tree.pool.page_tokens * runner.bytes_per_token
+    return runner.tree.peak_pages * runner.tree.pool.page_tokens * runner.bytes_per_token
 
 
-def run_generate(model: LlamaForCausalLM, prompt: list[int], work: Workload) -> tuple[float, int]:
-    """Seconds and bytes of the cache's tensors at the end of one run, when they are largest."""
+def run_generate(model: LlamaForCausalLM, prompt: list[int], work: Workload) -> int:
+    """Bytes of the cache's tensors at the end of one run, when they are largest."""
     ids = torch.tensor([prompt], device=model.device)
-    started_s = time.perf_counter()
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -136,25 +147,51 @@ def run_generate(model: LlamaForCausalLM, prompt: list[int], work: Workload) -> 
         max_new_tokens=work.new_tokens,
         return_dict_in_generate=True,
     )
-    seconds = time.perf_counter() - started_s
     assert output.sequences.shape == (work.branches, work.prompt_tokens + work.new_tokens)
     cached = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-    return seconds, sum(tensor.numel() * tensor.element_size() for tensor in cached)
+    return sum(tensor.numel() * tensor.element_size() for tensor in cached)
 
 
-def bench(work: Workload, dtype: torch.dtype, device: str, repeats: int, seed: int) -> tuple[Measurement, Measurement]:
+def timed(run: Callable[[], int]) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds and what the run returns."""
+    started_s, cpu_s = time.perf_counter(), time.process_time()
+    result = run()
+    return time.perf_counter() - started_s, time.process_time() - cpu_s, result
+
+
+def bench(
+    work: Workload, dtype: torch.dtype, device: str, repeats: tuple[int, int], seed: int
+) -> tuple[Measurement, Measurement]:
     """Interleaved runs of both sides after a short warm-up, so that a busy machine hurts both alike."""
     runner = Runner(build_model(work, dtype, device, seed), EngineConfig())
     plain = build_model(work, dtype, device, seed)
     prompt = torch.randint(1, work.vocabulary, (work.prompt_tokens,)).tolist()
-    short = Workload(**asdict(work) | {"prompt_tokens": 8, "new_tokens": 2})
+    short = replace(work, prompt_tokens=8, new_tokens=2)
     run_ours(runner, prompt[:8], short, seed)
     run_generate(plain, prompt[:8], short)
-    ours, theirs = [], []
-    for repeat in range(repeats):
-        ours.append(run_ours(runner, prompt, work, seed + repeat))
-        theirs.append(run_generate(plain, prompt, work))
-    return tuple(Measurement(tuple(run[0] for run in runs), max(run[1] for run in runs)) for runs in (ours, theirs))
+    runs: tuple[list[tuple[float, float, int]], ...] = [], []
+    for repeat in range(max(repeats)):
+        if repeat < repeats[0]:
+            runs[0].append(timed(lambda seed=seed + repeat: run_ours(runner, prompt, work, seed)))
+        if repeat < repeats[1]:
+            runs[1].append(timed(lambda: run_generate(plain, prompt, work)))
+    ours, theirs = (
+        Measurement(seconds, cpu, max(peaks)) for seconds, cpu, peaks in (zip(*one, strict=True) for one in runs)
+    )
+    return ours, theirs
+
+
+def machine(device: str) -> dict[str, object]:
+    """What ran it: the GPU, or the CPU and its instructions that matter."""
+    if device != "cpu":
+        return {"machine": torch.cuda.get_device_name(), "instructions": []}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*: (.*)$", info, re.M)
+    flags = set((re.search(r"^flags\s*: (.*)$", info, re.M) or [""])[0].split())
+    return {
+        "machine": name[1] if name else platform.processor() or platform.machine(),
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
+    }
 
 
 def commit() -> str:
@@ -167,46 +204,56 @@ def commit() -> str:
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     """Run the benchmark, print it, and return the row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--shape", default="large", choices=sorted(SHAPES))
+    parser.add_argument("--branches", type=int, help="instead of the shape's own")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 for the large shape")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--small", action="store_true", help="toy size, for tests; writes no row")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of ours")
+    parser.add_argument("--generate-repeats", type=int, default=1, help="runs of generate, which takes minutes")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    work = SMALL if options.small else Workload()
-    dtype = getattr(torch, options.dtype)
-    ours, theirs = bench(work, dtype, options.device, options.repeats, options.seed)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    work = SHAPES[options.shape]
+    work = replace(work, branches=options.branches or work.branches)
+    dtype = options.dtype or ("bfloat16" if options.shape == "large" else "float32")
+    repeats = options.repeats, options.generate_repeats
+    ours, theirs = bench(work, getattr(torch, dtype), options.device, repeats, options.seed)
     tokens = work.branches * work.new_tokens
     speed = ours.tokens_per_s(tokens), theirs.tokens_per_s(tokens)
     row: dict[str, object] = {
         "bench": "decode",
+        "shape": options.shape,
         "workload": asdict(work),
-        "dtype": options.dtype,
+        "dtype": dtype,
         "ours_tokens_per_s": round(speed[0], 1),
         "generate_tokens_per_s": round(speed[1], 1),
         "speedup": round(speed[0] / speed[1], 2),
+        "cpu_speedup": round(statistics.median(theirs.cpu_seconds) / statistics.median(ours.cpu_seconds), 2),
         "ours_peak_kv_bytes": ours.peak_kv_bytes,
         "generate_peak_kv_bytes": theirs.peak_kv_bytes,
         "kv_ratio": round(theirs.peak_kv_bytes / ours.peak_kv_bytes, 2),
-        "ours_seconds": [round(second, 2) for second in ours.seconds],
-        "generate_seconds": [round(second, 2) for second in theirs.seconds],
-        "machine": torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or "cpu",
-        "threads": options.threads,
+        "ours_seconds": [round(second, 3) for second in ours.seconds],
+        "generate_seconds": [round(second, 3) for second in theirs.seconds],
+        "ours_cpu_seconds": [round(second, 3) for second in ours.cpu_seconds],
+        "generate_cpu_seconds": [round(second, 3) for second in theirs.cpu_seconds],
+        **machine(options.device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),
         "seed": options.seed,
     }
-    print(f"{'':12}{'tokens/s':>12}{'median s':>12}{'spread s':>18}{'peak KV MB':>14}")
+    print(f"{'':12}{'tokens/s':>12}{'median s':>12}{'spread s':>18}{'CPU s':>12}{'peak KV MB':>14}")
     for name, one in (("tree cache", ours), ("generate", theirs)):
+        median, cpu = statistics.median(one.seconds), statistics.median(one.cpu_seconds)
         spread = f"{min(one.seconds):.2f}..{max(one.seconds):.2f}"
-        median = statistics.median(one.seconds)
-        print(f"{name:12}{tokens / median:12.1f}{median:12.2f}{spread:>18}{one.peak_kv_bytes / 1e6:14.1f}")
-    print(f"{'ratio':12}{row['speedup']:11.2f}x{'':30}{row['kv_ratio']:13.2f}x")
+        print(f"{name:12}{tokens / median:12.1f}{median:12.2f}{spread:>18}{cpu:12.2f}{one.peak_kv_bytes / 1e6:14.1f}")
+    print(f"{'ratio':12}{row['speedup']:11.2f}x{'':30}{row['cpu_speedup']:11.2f}x{row['kv_ratio']:13.2f}x")
     print(json.dumps(row))
-    if not options.small:
+    if options.shape != "toy":
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")

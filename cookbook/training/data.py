@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from ets_engine.reference.corruptions import corrupt
 from ets_engine.reference.problems import FAMILIES, ReferenceProblem, draw, label_steps
 
-TRAIN_LEVELS = {"countdown": (4, 5, 6), "story": tuple(range(2, 11))}
+TRAIN_LEVELS = {"countdown": (4, 5, 6), "story": tuple(range(1, 11))}
 PIECES = Regex(r" ?[A-Za-z]+|\d|[^A-Za-z\d]")  # a word with its space, one digit, one other character
 
 
@@ -80,7 +80,8 @@ def pad(rows: list[list[int]], value: int, multiple: int = 16) -> Tensor:
 
 def policy_batch(rng: Random, encode: Encoder, family: str, num_tokens: int) -> tuple[Tensor, Tensor]:
     """About `num_tokens` tokens of one level of a family, and the same ids as targets (-100 = no loss)."""
-    level = rng.choice(TRAIN_LEVELS[family])
+    levels = TRAIN_LEVELS[family]
+    (level,) = rng.choices(levels, [1 / level for level in levels])  # as many problems of each level, more or less
     rows: list[list[int]] = []
     targets: list[list[int]] = []
     while not rows or len(rows) * max(map(len, rows)) < num_tokens:

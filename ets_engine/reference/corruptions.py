@@ -97,7 +97,7 @@ def corrupt_story(rng: Random, problem: StoryProblem, lines: Sequence[str]) -> l
     """
     at = rng.randrange(len(lines))
     head, left, op, right, result, told = _split(lines[at])
-    name = head.partition(" ")[0]
+    name = head.removeprefix("- ").partition(" ")[0]
     wrong = result
     kind = rng.choice(("result", "result", "result", "operand", "claim", "claim", "name"))
     if told is None and rng.random() < 0.05:
@@ -112,7 +112,7 @@ def corrupt_story(rng: Random, problem: StoryProblem, lines: Sequence[str]) -> l
         head, left, op, right, wrong = _split(tell_step(name, claim, problem.values()))[:5]
     elif kind == "name" and name != "total":
         others = [other for other in problem.quantities if other != name]
-        head = rng.choice(others) + head.removeprefix(name)
+        head = head.replace(name, rng.choice(others), 1)
     elif kind == "claim" or kind == "name":
         named = head.split()[-1]
         other = rng.choice([person for person in problem.quantities if person != named])

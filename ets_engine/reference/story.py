@@ -3,8 +3,8 @@
 A solution says one person's number per line, how it comes about and what it is, in any order that works, then the
 total when the question asks for several people; its last line names the answer::
 
-    Ben has 3 boxes of 14: 3*14=42
-    Cara has 9 more than Ben: 42+9=51
+    - Ben has 3 boxes of 14: 3*14=42
+    - Cara has 9 more than Ben: 42+9=51
     total Ben and Cara: 42+51=93. Answer: 93
 """
 
@@ -283,7 +283,7 @@ def _build(rng: Random, level: int) -> tuple[StoryProblem, list[str]] | None:
             give(rng.choice([other for other in ITEMS if other != item]))
         else:
             derive(rng.choice([name for name in quantities if quantities[name].item == item]))
-    order = sorted(range(len(sentences)), key=lambda i: i + rng.uniform(0, 3))
+    order = rng.sample(range(len(sentences)), len(sentences))
     if num_asked == 1:
         question = _QUESTION_ONE.format(item=item, b=asked[0])
     else:
@@ -312,7 +312,7 @@ def tell_step(name: str, quantity: Quantity, values: Mapping[str, int]) -> str:
 
     Example:
         >>> tell_step("Cara", Quantity("pens", "Ben", "+", 9), {"Ben": 42})
-        'Cara has 9 more than Ben: 42+9=51'
+        '- Cara has 9 more than Ben: 42+9=51'
     """
     left, op, right = quantity.left, quantity.op, quantity.right
     match (left, op, right):
@@ -329,7 +329,7 @@ def tell_step(name: str, quantity: Quantity, values: Mapping[str, int]) -> str:
         case _:
             how = f"{next(word for word, parts in SHARES.items() if parts == right)} of {left}"
     first, second = (values[side] if isinstance(side, str) else side for side in (left, right))
-    return f"{name} has {how}: {first}{op}{second}={calculate(first, op, second)}"
+    return f"- {name} has {how}: {first}{op}{second}={calculate(first, op, second)}"
 
 
 def tell_totals(asked: Sequence[str], values: Mapping[str, int]) -> list[str]:
@@ -344,9 +344,8 @@ def tell_totals(asked: Sequence[str], values: Mapping[str, int]) -> list[str]:
 
 
 def solve(rng: Random, problem: StoryProblem) -> list[str]:
-    """One solution of the problem: a random order that works, biased to the order of the text."""
+    """One solution of the problem, in a random order that works."""
     values = problem.values()
-    position = {name: problem.text.find(name) + rng.uniform(0, 80) for name in problem.quantities}
     todo, done, lines = needed(problem), {n for n, q in problem.quantities.items() if not q.op}, []
     while todo:
         ready = [
@@ -358,7 +357,7 @@ def solve(rng: Random, problem: StoryProblem) -> list[str]:
                 if isinstance(side, str)
             )
         ]
-        name = min(ready, key=position.__getitem__)
+        name = rng.choice(ready)
         lines.append(tell_step(name, problem.quantities[name], values))
         done.add(name)
         todo.remove(name)
@@ -375,7 +374,7 @@ def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
     valid, answered, out = True, False, []
     for line in lines:
         body, _, told = line.strip().partition(". Answer: ")
-        name = body.partition(" ")[0]
+        name = body.removeprefix("- ").partition(" ")[0]
         valid = valid and not answered
         if name == "total":
             valid = valid and body in totals[totalled : totalled + 1] and set(problem.asked[: totalled + 2]) <= known

@@ -29,9 +29,9 @@ TEXT = (
     "as Ben. How many apples do Ben, Cara and Eva have together?"
 )
 RIGHT = [
-    "Ben has 3 boxes of 14: 3*14=42",
-    "Cara has 9 more than Ben: 42+9=51",
-    "Eva has half of Ben: 42/2=21",
+    "- Ben has 3 boxes of 14: 3*14=42",
+    "- Cara has 9 more than Ben: 42+9=51",
+    "- Eva has half of Ben: 42/2=21",
     "total Ben and Cara: 42+51=93",
     "total with Eva: 93+21=114. Answer: 114",
 ]
@@ -99,7 +99,7 @@ def labels_by_hand(text: str, lines: list[str]) -> list[bool]:
     for line in lines:
         body, _, told = line.partition(". Answer: ")
         words, _, equation = body.partition(": ")
-        who, _, words = words.partition(" ")
+        who, _, words = words.removeprefix("- ").partition(" ")
         operation, _, result = equation.partition("=")
         sign = next(sign for sign in "+-*/" if sign in operation)
         a, b = map(int, operation.split(sign))
@@ -179,26 +179,26 @@ def test_the_right_solution() -> None:
     assert is_solved(needless, [RIGHT[0], RIGHT[2], f"{RIGHT[1]}. Answer: 51"]), "needless, but right"
     both = problem_of("Ana has 4 eggs. Ben has 3 eggs. Cara has as many eggs as Ana and Ben together. "
                       "How many eggs does Cara have?")  # fmt: skip
-    assert is_solved(both, ["Cara has Ana and Ben: 4+3=7. Answer: 7"])
-    assert is_solved(both, ["Cara has Ben and Ana: 3+4=7. Answer: 7"])
-    assert not is_solved(both, ["Cara has Ben and Ana: 4+3=7. Answer: 7"]), "sides not as named"
+    assert is_solved(both, ["- Cara has Ana and Ben: 4+3=7. Answer: 7"])
+    assert is_solved(both, ["- Cara has Ben and Ana: 3+4=7. Answer: 7"])
+    assert not is_solved(both, ["- Cara has Ben and Ana: 4+3=7. Answer: 7"]), "sides not as named"
 
 
 @pytest.mark.parametrize(
     ("changes", "first_wrong"),
     [
-        ({1: "Cara has 9 more than Ben: 42+9=52"}, 1),  # wrong result
-        ({1: "Cara has 8 more than Ben: 42+8=50"}, 1),  # wrong number
-        ({1: "Cara has 9 more than Ben: 42+8=50"}, 1),  # another number than claimed
-        ({1: "Cara has 9 fewer than Ben: 42-9=33"}, 1),  # wrong relation
-        ({1: "Cara has 9 more than Dan: 5+9=14"}, 1),  # compared with another person
-        ({1: "Cara has 9 more than Dan: 42+9=51"}, 1),  # right by luck
-        ({1: "Eva has 9 more than Ben: 42+9=51"}, 1),  # wrong person
-        ({1: "Dan has 9 more than Ben: 42+9=51"}, 1),  # nobody computes Dan
-        ({1: "Zoe has 9 more than Ben: 42+9=51"}, 1),  # not in the story
+        ({1: "- Cara has 9 more than Ben: 42+9=52"}, 1),  # wrong result
+        ({1: "- Cara has 8 more than Ben: 42+8=50"}, 1),  # wrong number
+        ({1: "- Cara has 9 more than Ben: 42+8=50"}, 1),  # another number than claimed
+        ({1: "- Cara has 9 fewer than Ben: 42-9=33"}, 1),  # wrong relation
+        ({1: "- Cara has 9 more than Dan: 5+9=14"}, 1),  # compared with another person
+        ({1: "- Cara has 9 more than Dan: 42+9=51"}, 1),  # right by luck
+        ({1: "- Eva has 9 more than Ben: 42+9=51"}, 1),  # wrong person
+        ({1: "- Dan has 9 more than Ben: 42+9=51"}, 1),  # nobody computes Dan
+        ({1: "- Zoe has 9 more than Ben: 42+9=51"}, 1),  # not in the story
         ({1: RIGHT[0]}, 1),  # known already
         ({0: RIGHT[1], 1: RIGHT[0]}, 0),  # Ben is not known yet
-        ({2: "Eva has half of Ben: 2/42=21"}, 2),  # sides of a division
+        ({2: "- Eva has half of Ben: 2/42=21"}, 2),  # sides of a division
         ({2: RIGHT[3], 3: RIGHT[2], 4: "total with Eva: 93+21=114"}, None),
         ({3: "total Ben and Eva: 42+21=63", 4: "total with Cara: 63+51=114. Answer: 114"}, 3),  # not in the order asked
         ({3: "total Cara and Eva: 51+21=72", 4: "total with Ben: 72+42=114. Answer: 114"}, 3),
@@ -206,12 +206,13 @@ def test_the_right_solution() -> None:
         ({4: "total with Eva: 93+21=114. Answer: 115"}, 4),
         ({3: "total Ben and Cara: 42+51=93. Answer: 93"}, 3),  # too early
         ({0: f"{RIGHT[0]}. Answer: 42"}, 0),
-        ({1: "Cara has 42+9=51"}, 1),  # no word how
-        ({1: "cara has 9 more than Ben: 42+9=51"}, 1),
-        ({1: "Cara has 9 more than Ben: 42+9=51."}, 1),
-        ({1: "Cara has 9 more than Ben: 42 + 9 = 51"}, 1),
+        ({1: "- Cara has 42+9=51"}, 1),  # no word how
+        ({1: "Cara has 9 more than Ben: 42+9=51"}, 1),
+        ({1: "- cara has 9 more than Ben: 42+9=51"}, 1),
+        ({1: "- Cara has 9 more than Ben: 42+9=51."}, 1),
+        ({1: "- Cara has 9 more than Ben: 42 + 9 = 51"}, 1),
         ({1: ""}, 1),
-        ({1: "Cara has 9 more than Ben: 42+9=" + "9" * 5000}, 1),
+        ({1: "- Cara has 9 more than Ben: 42+9=" + "9" * 5000}, 1),
     ],
 )
 def test_the_checker_refuses(changes: dict[int, str], first_wrong: int | None) -> None:
@@ -226,13 +227,13 @@ def test_incomplete_and_overlong_solutions() -> None:
     assert not is_solved(problem, []) and not is_solved(problem, RIGHT[:-1])
     assert not is_solved(problem, [*RIGHT[:-1], "total with Eva: 93+21=114"]), "no answer"
     assert not is_solved(problem, [RIGHT[0], *RIGHT[3:]]), "a step is missing"
-    for trailing in ("done", "Answer: 114", RIGHT[-1], "Dan has 0 more than Dan: 5+0=5"):
+    for trailing in ("done", "Answer: 114", RIGHT[-1], "- Dan has 0 more than Dan: 5+0=5"):
         assert check_steps(problem, [*RIGHT, trailing]) == [True] * len(RIGHT) + [False]
         assert not is_solved(problem, [*RIGHT, trailing])
     one = problem_of(
         "Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has half as many eggs as Ana. How many eggs does Ben have?"
     )
-    assert check_steps(one, ["Ben has 3 more than Ana: 4+3=7. Answer: 7", "Cara has half of Ana: 4/2=2"]) == [
+    assert check_steps(one, ["- Ben has 3 more than Ana: 4+3=7. Answer: 7", "- Cara has half of Ana: 4/2=2"]) == [
         True,
         False,
     ]
