@@ -73,10 +73,12 @@ def ceil_shares(scores: Sequence[float], width: int, *, temperature: float) -> t
     order = best_first(scores)
     masses = list(accumulate(weights[leaf] for leaf in reversed(order)))[::-1]  # weight of this leaf and all after it
     shares = [0] * len(scores)
+    rate = math.inf  # children per weight; rounding up lowers it from leaf to leaf, and `_ROUNDING` must not raise it
     for leaf, mass in zip(order, masses, strict=True):
         if width == 0:
             break
-        shares[leaf] = math.ceil(width * (weights[leaf] / mass) - _ROUNDING)
+        rate = min(rate, width / mass)
+        shares[leaf] = math.ceil(weights[leaf] * rate - _ROUNDING)
         width -= shares[leaf]
     return tuple(shares)
 

@@ -50,8 +50,9 @@ def check_steps(sent: object, children: Sequence[int]) -> list[Step]:
     for child, step in zip(children, steps, strict=True):
         if not isinstance(step, Step):
             raise ProtocolError(f"policy.expand() returned {step!r} for node {child}; return a Step")
-        if step.num_tokens < 0:
-            raise ProtocolError(f"policy.expand() returned num_tokens={step.num_tokens} for node {child}; need >= 0")
+        num_tokens: object = step.num_tokens
+        if not isinstance(num_tokens, numbers.Integral) or num_tokens < 0:
+            raise ProtocolError(f"policy.expand() returned num_tokens={num_tokens} for node {child}; need an int >= 0")
     return cast("list[Step]", steps)
 
 

@@ -23,7 +23,7 @@ def solve_knapsack(problem: KeepProblem, *, max_cells: int = MAX_CELLS) -> tuple
     possibly below the optimum.
 
     Args:
-        problem: With `sizes` and `capacity`; clusters and `max_kept` are not looked at.
+        problem: With `sizes` and `capacity`, prices >= 0; clusters and `max_kept` are not looked at.
         max_cells: Largest table (count of entries) before units get coarser.
 
     Returns:

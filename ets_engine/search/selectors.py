@@ -45,6 +45,8 @@ class BestOfN(_ScoresOnly):
 class Beam(_ScoresOnly):
     """Beam search over steps: the best `keep` leaves share the width evenly (arXiv 2408.03314).
 
+    As everywhere here, a trajectory that finished keeps its place in the width; the reference code refills the beam.
+
     Attributes:
         keep: Leaves kept (count), None = a quarter of the open width, at least 1.
 
@@ -93,10 +95,11 @@ class Dvts(_ScoresOnly):
     """Diverse verifier tree search: greedy search in `keep` independent subtrees that share the width evenly.
 
     The root's children are dealt to the subtrees in turn; from then on each subtree keeps only its best leaf. The
-    width of a subtree that ended goes to the others.
+    width of a subtree that ended goes to the others. The reference code gives each subtree `width / keep` children to
+    its end, and all leaves of its last step vote.
 
     Attributes:
-        keep: Subtrees (count), None = the square root of the open width, rounded up.
+        keep: Subtrees (count), the same in every round.
 
     Raises:
         ConfigError: `keep` < 1.
@@ -108,7 +111,7 @@ class Dvts(_ScoresOnly):
         (0, 2, 2, 0)
     """
 
-    keep: int | None = None
+    keep: int = 4
 
     def __post_init__(self) -> None:
         """Refuse a `keep` that keeps nothing."""
@@ -116,8 +119,7 @@ class Dvts(_ScoresOnly):
 
     def select(self, frontier: Frontier, open_width: int) -> Selection:
         """Split the width evenly over the best leaf of each subtree."""
-        keep = math.isqrt(max(open_width - 1, 0)) + 1 if self.keep is None else self.keep
-        winners = best_per_group(frontier.scores, [subtree % keep for subtree in frontier.subtrees])
+        winners = best_per_group(frontier.scores, [subtree % self.keep for subtree in frontier.subtrees])
         return Selection(even_shares(winners, len(frontier.leaves), max(open_width, 0)))
 
 
@@ -161,7 +163,7 @@ def check_keep(keep: int | None) -> None:
         ConfigError: naming it.
     """
     if keep is not None and keep < 1:
-        raise ConfigError(f"keep={keep}: keep at least 1 leaf, or None for the default")
+        raise ConfigError(f"keep={keep}: must be >= 1")
 
 
 def check_positive(name: str, value: float) -> None:

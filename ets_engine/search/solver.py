@@ -24,7 +24,9 @@ _OBJECTIVE_SCALE = 1e4  # HiGHS stops at an absolute gap of 1e-6; this puts it a
 def solve(problem: KeepProblem) -> tuple[int, ...]:
     """The leaves to keep, in ascending order; among equal optima a smaller set.
 
-    Exact by dynamic programming when clusters do not count (with or without a capacity), by HiGHS otherwise.
+    Exact by dynamic programming when clusters do not count, by HiGHS when they do or when `max_kept` binds. Two limits
+    to that: a capacity so large that its table would exceed `knapsack.MAX_CELLS` is solved in coarser units, and HiGHS
+    stops at its node limit with the best set found. Capacity and count hold in every case.
 
     Args:
         problem: At least one leaf's path must fit the capacity, if there is one.
@@ -50,7 +52,7 @@ def solve(problem: KeepProblem) -> tuple[int, ...]:
         return (solve_reduced(problem) if reducible else solve_milp(problem)) or solve_greedy(problem)
     kept = solve_tree(problem) if problem.capacity is None else solve_knapsack(problem)
     if kept is None or (counts_limited and not problem.feasible(kept)):
-        return solve_greedy(problem)
+        return solve_milp(problem) or solve_greedy(problem)
     return kept
 
 

@@ -167,6 +167,16 @@ def test_floor_one_rule_sums_is_monotone_and_kills_nobody(leaf_scores, extra, te
 
 
 @quick
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=8), st.integers(1, 4))
+def test_both_rules_are_monotone_where_quotas_are_almost_whole(steps, children):
+    leaf_scores = [0.5 + 1e-10 * step for step in steps]
+    for split in (ceil_shares, floor_one_shares):
+        shares = split(leaf_scores, children * len(steps), temperature=0.2)
+        assert sum(shares) == children * len(steps)
+        assert_monotone(leaf_scores, shares)
+
+
+@quick
 @given(st.lists(scores, min_size=1, max_size=30), st.integers(0, 300))
 def test_largest_remainder_stays_within_one_of_its_quota(weights, width):
     assume(sum(weights) > 1e-9)

@@ -29,6 +29,12 @@ def test_ceil_rule(scores, width, shares):
     assert ceil_shares(scores, width, temperature=0.2) == shares
 
 
+@pytest.mark.parametrize("top", [0.5, 0.5 + 1e-12])
+def test_ceil_rule_is_monotone_where_quotas_are_almost_whole(top):
+    # The first quota exceeds 1 by less than the rounding, the second, of what is then left, by more.
+    assert ceil_shares([top, 0.5, 0.5 - 5e-10], 3, temperature=0.2) == (1, 1, 1)
+
+
 def test_ceil_rule_survives_weights_that_underflow():
     assert ceil_shares([1.0, 0.0, 0.0], 5, temperature=1e-4) == (5, 0, 0)
 

@@ -183,6 +183,8 @@ def test_a_selector_that_breaks_its_contract(selector, message):
         ([[Step("a", 1)]], {}, "1 steps for 2 children"),
         ([[Step("a", 1), "b"]], {}, "'b' for node 2"),
         ([[Step("a", 1), Step("b", -1)]], {}, "num_tokens=-1 for node 2"),
+        ([[Step("a", 1), Step("b", 1.5)]], {}, "num_tokens=1.5 for node 2"),
+        ([[Step("a", 1), Step("b", math.nan)]], {}, "num_tokens=nan for node 2"),
         ([[Step("a", 1), Step("b", 1)]], {"b": 1.5}, "1.5 for node 2"),
         ([[Step("a", 1), Step("b", 1)]], {"b": -0.1}, "-0.1 for node 2"),
         ([[Step("a", 1), Step("b", 1)]], {"b": math.inf}, "inf for node 2"),

@@ -78,6 +78,12 @@ def test_dvts_keeps_the_best_of_each_subtree():
     assert Dvts(2).select(deeper, 4).shares == (0, 2, 2, 0)
 
 
+def test_dvts_subtrees_stay_the_same_when_the_open_width_shrinks():
+    frontier = flat([0.1, 0.9, 0.5, 0.7])
+    assert Dvts().select(frontier, 16).shares == (4, 4, 4, 4)
+    assert Dvts().select(frontier, 4).shares == (1, 1, 1, 1)
+
+
 def test_rebase_verdicts_are_softmax_weights():
     selection = Rebase(0.5).select(flat([0.5, 0.5]), 3)
     assert selection.shares == (2, 1)

@@ -84,6 +84,15 @@ def test_greedy_respects_count_and_capacity():
     assert solve_greedy(sized) == (1, 2)
 
 
+def test_a_count_without_coverage_is_exact_too():
+    # Two leaves share a branch that one alone does not pay for; greedy takes the two that pay for themselves.
+    problem = KeepProblem(
+        (-1, 0, 0, 0, 1, 1), (2, 3, 4, 5), (0.2, 0.05, 0.4, 0.4), (0.0, 0.5, 0.0, 0.0, 0.0, 0.0), max_kept=2
+    )
+    assert solve_greedy(problem) == (0, 1)
+    assert solve(problem) == (2, 3)
+
+
 def test_highs_respects_the_count():
     problem = KeepProblem(
         (-1, 0, 0, 0), (1, 2, 3), (0.5, 0.4, 0.3), (0.0,) * 4, clusters=(0, 1, 2), cluster_worth=0.1, max_kept=2
