@@ -26,11 +26,17 @@ def cosine_similarities(embeddings: NDArray[np.floating]) -> NDArray[np.float64]
     Returns:
         Symmetric, in [-1, 1], exactly 1 on the diagonal and between equal rows. Shape [L, L].
 
+    Raises:
+        ValueError: A vector has NaN or inf.
+
     Example:
         >>> cosine_similarities(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).tolist()
         [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
     """
     vectors = np.asarray(embeddings, dtype=np.float64)  # [L, D]
+    finite = np.isfinite(vectors).all(axis=1)  # [L]
+    if not finite.all():
+        raise ValueError(f"the embedding of leaf {int(finite.argmin())} has NaN or inf; embeddings must be finite")
     largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0.0)  # [L, 1]
     vectors = vectors / np.where(largest > 0, largest, 1.0)  # keeps the squares below from under- or overflowing
     norms = np.linalg.norm(vectors, axis=1)  # [L]
@@ -70,6 +76,9 @@ def cluster_steps(embeddings: NDArray[np.floating], cut: float) -> tuple[int, ..
 
     Returns:
         Cluster of each leaf, numbered 0, 1, ... by first appearance. Shape [L].
+
+    Raises:
+        ValueError: A vector has NaN or inf.
 
     Example:
         >>> cluster_steps(np.array([[1.0, 0.0], [0.0, 1.0], [0.99, 0.01]]), cut=0.05)

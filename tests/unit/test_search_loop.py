@@ -9,7 +9,7 @@ import pytest
 from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError, ContextLengthError, ProtocolError
 from ets_engine.protocols import Selection
-from ets_engine.search import Expand, Progress, Rebase, Retain, Score, Start, StopSearch, run, search
+from ets_engine.search import Expand, Progress, Rebase, Retain, Score, Start, StopSearch, run, search, trajectories
 from ets_engine.testing import FakePolicy, HashEmbedder, TableVerifier
 from ets_engine.types import LeafVerdict, Step, StopReason
 
@@ -143,6 +143,22 @@ def test_failed_steps_are_data():
     assert verifier.scored == []
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_whose_branches_all_failed_ends_without_an_answer(strategy):
+    failed = Step("", 0, StopReason.ERROR, "timeout")
+    width = 1 if strategy == "greedy" else 2
+    tree, policy, _ = scripted(
+        [Step("a", 1)] * width,
+        [failed] * width,
+        settings={"strategy": strategy, "width": width},
+        embedder=HashEmbedder(),
+    )
+    assert (len(tree.closed), tree.finished, tree.frontier) == (width, (), ())
+    assert len(policy.expanded) == 2
+    assert trajectories(tree, "last") == ()
+    assert not tree.stopped
+
+
 def test_duplicate_siblings_are_scored_kept_and_expanded_apart():
     tree, policy, _ = scripted(
         [Step("same", 1), Step("same", 1)], [Step("end", 1, END), Step("end", 1, END)], settings={"width": 2}
@@ -232,6 +248,8 @@ def test_wrong_answers_by_hand(method, message):
         (np.ones((1, 3)), r"shape \(1, 3\); return \[2, D\]"),
         (np.ones(2), r"shape \(2,\)"),
         (np.array([[1.0], [np.nan]]), "for node 2"),
+        (np.array([[1.0], [np.inf]]), "for node 2"),
+        (np.ones((2, 0)), r"shape \(2, 0\)"),
         (["a", "b"], "returned list"),
     ],
 )

@@ -56,6 +56,26 @@ def test_verdicts_name_leaves_and_repeat_shares(selector):
         assert (verdict.node, verdict.share) == (node, share)
 
 
+@pytest.mark.parametrize("selector", EVERY, ids=repr)
+def test_a_lone_leaf_below_the_root_gets_all_without_embeddings(selector):
+    alone = Frontier((-1, 0, 1), (9, 5, 5), (2,), (0.0,), (3,), depth=2, max_step_tokens=4)
+    assert selector.select(alone, 6).shares == ((1,) if isinstance(selector, BestOfN) else (6,))
+
+
+@pytest.mark.parametrize("selector", [Ets(), Ets(published=True), Dora()], ids=repr)
+def test_zero_vectors_are_one_direction(selector):
+    zeros, equal = (flat([0.5, 0.6, 0.7], embeddings=vectors) for vectors in (np.zeros((3, 2)), np.ones((3, 2))))
+    assert selector.select(zeros, 6) == selector.select(equal, 6)
+    assert sum(selector.select(flat([0.5, 0.6], embeddings=[[0.0, 0.0], [1.0, 0.0]]), 6).shares) == 6
+
+
+@pytest.mark.parametrize("selector", [Ets(), Ets(published=True), Dora()], ids=repr)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_embeddings_that_are_not_finite_are_refused(selector, bad):
+    with pytest.raises(ValueError, match="embedding of leaf 1 has NaN or inf"):
+        selector.select(flat([0.5, 0.6], embeddings=[[1.0, 0.0], [bad, 0.0]]), 4)
+
+
 def test_best_of_n_gives_each_leaf_one_child():
     assert BestOfN().select(flat([0.1, 0.9, 0.5]), 3).shares == (1, 1, 1)
     assert BestOfN().select(flat([0.1, 0.9, 0.5]), 2).shares == (1, 1, 0)
