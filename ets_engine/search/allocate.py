@@ -5,14 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_ROUNDING = 1e-9  # a quota this close above a whole number is that number
+_ROUNDING = 1e-9  # quotas and remainders that differ by less are equal
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
@@ -20,7 +14,7 @@ def best_first(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda leaf: -scores[leaf])
 
 
-def softmax(scores: Sequence[float], temperature: float) -> NDArray[np.float64]:
+def softmax(scores: Sequence[float], temperature: float) -> list[float]:
     """Softmax of `score / temperature`, safe for any finite score.
 
     Args:
@@ -34,7 +28,7 @@ def softmax(scores: Sequence[float], temperature: float) -> NDArray[np.float64]:
         ValueError: `scores` is empty or not finite, or `temperature` is not positive.
 
     Example:
-        >>> softmax([0.3, 0.3], temperature=0.2).tolist()
+        >>> softmax([0.3, 0.3], temperature=0.2)
         [0.5, 0.5]
     """
     if not scores or not all(map(math.isfinite, scores)):
@@ -42,8 +36,9 @@ def softmax(scores: Sequence[float], temperature: float) -> NDArray[np.float64]:
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature!r}")
     top = max(scores)
-    weights = np.exp((np.asarray(scores, dtype=np.float64) - top) / temperature)  # [L]
-    return weights / weights.sum()
+    weights = [math.exp((score - top) / temperature) for score in scores]
+    total = math.fsum(weights)  # the same whatever the order of the leaves
+    return [weight / total for weight in weights]
 
 
 def ceil_shares(scores: Sequence[float], width: int, *, temperature: float) -> tuple[int, ...]:
@@ -69,7 +64,7 @@ def ceil_shares(scores: Sequence[float], width: int, *, temperature: float) -> t
         (2, 0, 2)
     """
     _check_width(width)
-    weights = softmax(scores, temperature).tolist()
+    weights = softmax(scores, temperature)
     order = best_first(scores)
     masses = list(accumulate(weights[leaf] for leaf in reversed(order)))[::-1]  # weight of this leaf and all after it
     shares = [0] * len(scores)
@@ -103,22 +98,25 @@ def floor_one_shares(scores: Sequence[float], width: int, *, temperature: float)
     """
     if len(scores) > width:
         raise ValueError(f"{len(scores)} leaves cannot get one child each out of width {width}; keep fewer leaves")
-    weights = softmax(scores, temperature).tolist()
-    order = best_first(scores)  # scores may differ by less than their weights can show: the better leaf goes first
-    rest = largest_remainder_shares([weights[leaf] for leaf in order], width - len(scores))
-    return scatter([1 + share for share in rest], order, len(scores))
+    rest = largest_remainder_shares(softmax(scores, temperature), width - len(scores), scores=scores)
+    return tuple(1 + share for share in rest)
 
 
-def largest_remainder_shares(weights: Sequence[float], width: int) -> tuple[int, ...]:
+def largest_remainder_shares(
+    weights: Sequence[float], width: int, *, scores: Sequence[float] | None = None
+) -> tuple[int, ...]:
     """Split `width` in proportion to weights: whole parts first, then the largest remainders.
+
+    Equal remainders go by score, then by place: scores may differ by less than their weights can show.
 
     Args:
         weights: Non-negative, with a positive sum. Shape [L].
         width: Children to hand out (count), >= 0.
+        scores: What ranks equal remainders, None = the weights. Shape [L].
 
     Returns:
-        Shares that sum to `width`, each within one of `width * weight / sum`; a larger weight never gets fewer.
-        Shape [L].
+        Shares that sum to `width`, each within one of `width * weight / sum`; a larger weight never gets fewer, and of
+        weights that differ by rounding noise the higher score never gets fewer. Shape [L].
 
     Raises:
         ValueError: A weight is negative or not finite, all are zero, or `width` < 0.
@@ -134,7 +132,8 @@ def largest_remainder_shares(weights: Sequence[float], width: int) -> tuple[int,
     quotas = [width * (weight / total) for weight in weights]
     shares = [math.floor(quota) for quota in quotas]
     left = width - sum(shares)
-    by_remainder = sorted(range(len(weights)), key=lambda leaf: (shares[leaf] - quotas[leaf], -weights[leaf]))
+    order = best_first(weights if scores is None else scores)
+    by_remainder = sorted(order, key=lambda leaf: round((shares[leaf] - quotas[leaf]) / _ROUNDING))
     for leaf in by_remainder[:left]:
         shares[leaf] += 1
     return tuple(shares)

@@ -60,7 +60,7 @@ class Dora:
             softmax_temperature=self.softmax_temperature,
             similarity_temperature=self.similarity_temperature,
         ).tolist()
-        shares = largest_remainder_shares(weights, max(open_width, 0))
+        shares = largest_remainder_shares(weights, max(open_width, 0), scores=frontier.scores)
         verdicts = tuple(
             LeafVerdict(node=node, share=share, reward=weight)
             for node, share, weight in zip(frontier.leaves, shares, weights, strict=True)
@@ -97,7 +97,7 @@ def dora_weights(
         >>> dora_weights([0.5] * 3, steps, softmax_temperature=0.1, similarity_temperature=0.01).round(3).tolist()
         [0.25, 0.25, 0.5]
     """
-    qualities = softmax(scores, softmax_temperature)  # [L]
+    qualities = np.array(softmax(scores, softmax_temperature))  # [L]
     if len(scores) == 1:
         return qualities
     if embeddings is None:

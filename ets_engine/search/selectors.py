@@ -148,7 +148,7 @@ class Rebase(_ScoresOnly):
     def select(self, frontier: Frontier, open_width: int) -> Selection:
         """Split the width by the sequential ceiling rule; a verdict's reward is the softmax weight."""
         shares = ceil_shares(frontier.scores, max(open_width, 0), temperature=self.softmax_temperature)
-        weights = softmax(frontier.scores, self.softmax_temperature).tolist()
+        weights = softmax(frontier.scores, self.softmax_temperature)
         verdicts = tuple(
             LeafVerdict(node=node, share=share, reward=weight)
             for node, share, weight in zip(frontier.leaves, shares, weights, strict=True)

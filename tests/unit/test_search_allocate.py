@@ -57,6 +57,25 @@ def test_floor_one_rule_refuses_more_leaves_than_width():
         floor_one_shares([0.1, 0.2, 0.3], 2, temperature=0.2)
 
 
+@pytest.mark.parametrize("split", [ceil_shares, floor_one_shares])
+def test_a_better_leaf_goes_first_even_where_the_weights_are_equal(split):
+    # Both weights are exactly one half in floating point.
+    assert softmax([0.0, 7e-173], 0.01) == [0.5, 0.5]
+    assert split([0.0, 7e-173], 3, temperature=0.01) == (1, 2)
+    assert split([7e-173, 0.0], 3, temperature=0.01) == (2, 1)
+
+
+def test_softmax_does_not_depend_on_the_order_of_the_leaves():
+    scores = [place / 7 for place in range(200)]
+    assert softmax(scores, 3.0) == softmax(scores[::-1], 3.0)[::-1]
+
+
+def test_equal_remainders_go_by_score_then_by_place():
+    assert largest_remainder_shares([0.5, 0.5], 3, scores=[0.1, 0.9]) == (1, 2)
+    assert largest_remainder_shares([0.5, 0.5 + 1e-15], 3, scores=[0.9, 0.9]) == (2, 1)  # noise decides nothing
+    assert largest_remainder_shares([0.3, 0.7], 5) == (1, 4)  # 1.5 and 3.5: the larger weight
+
+
 def test_largest_remainder():
     assert largest_remainder_shares([1.0, 1.0, 1.0], 3) == (1, 1, 1)
     assert largest_remainder_shares([0.6, 0.4], 2) == (1, 1)  # 1.2, 0.8

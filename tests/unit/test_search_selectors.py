@@ -113,6 +113,9 @@ def test_rebase_verdicts_are_softmax_weights():
 def test_dora_divides_by_direction():
     same = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     assert Dora().select(flat([0.5] * 4, embeddings=same), 12).shares == (2, 2, 2, 6)
+    # Two of three alike share 3 of 6 children: the better one gets the odd one, though noise alone tells them apart.
+    alike = flat([0.5, 0.5000000000000001, 0.5], embeddings=[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, -1.5, 0.0]])
+    assert Dora().select(alike, 6).shares == (1, 2, 3)
     with pytest.raises(ValueError, match="need embeddings"):
         Dora().select(Frontier((-1, 0, 0), (9, 5, 5), (1, 2), (0.5, 0.5), (0, 1), depth=1), 2)
 
