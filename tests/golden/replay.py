@@ -2,12 +2,14 @@
 
     python tests/golden/replay.py CASES.json
 
-Prints one line per case that disagrees; exits 0 when all agree, 1 otherwise. What has to agree, per case: the optimum
-of the pruning objective (another kept set of equal value is fine), the objective of the published kept set, the
-shares, and the tokens on the union of root-to-candidate paths. Two known quirks of the published code are allowed for:
+Prints one line per case that disagrees; exits 0 when all agree, 1 when one does not, 2 when the file cannot be
+read. What has to agree, per case: the optimum of the pruning objective (another kept set of equal value is fine), the
+objective of the published kept set, the shares, and the tokens on the union of root-to-candidate paths. Two known
+quirks of the published code are allowed for:
 
 * beam gives ceil(width / keep) children to each kept leaf, even where that exceeds the width; ours sum to it;
 * REBASE subtracts masses in float32, so the last leaf may round one child above what is left; ours takes what is left.
+  It is allowed only where the same arithmetic done here overshoots too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def differences(case: dict[str, Any]) -> Iterator[str]:
             yield from _ets_differences(case, frontier)
         case "softmax":
             ours = Rebase(case["softmax_temperature"]).select(frontier, case["width"]).shares
-            if not _same_shares(ours, case["shares"], frontier, case["width"]):
+            everyone = range(len(frontier.leaves))
+            if not _same_shares(ours, case, frontier, everyone):
                 yield f"shares {ours}, published {tuple(case['shares'])}"
         case "beam_search":
             ours = BeamSqrt().select(frontier, case["width"]).shares
@@ -94,17 +97,34 @@ def _ets_differences(case: dict[str, Any], frontier: Frontier) -> Iterator[str]:
     ours = scatter(
         ceil_shares(scores, case["width"], temperature=selector.softmax_temperature), places, len(frontier.leaves)
     )
-    if not _same_shares(ours, case["shares"], frontier, case["width"]):
+    if not _same_shares(ours, case, frontier, places):
         yield f"shares {ours}, published {tuple(case['shares'])}"
 
 
-def _same_shares(ours: tuple[int, ...], published: list[int], frontier: Frontier, width: int) -> bool:
-    """Equal, or one child too many on the last leaf that the published code served, which overshoots the width."""
-    served = [leaf for leaf, share in enumerate(published) if share]
-    if sum(published) == width + 1 and served:
-        last = min(served, key=lambda leaf: frontier.scores[leaf])
-        published = [share - (leaf == last) for leaf, share in enumerate(published)]
-    return list(ours) == published
+def _same_shares(ours: tuple[int, ...], case: dict[str, Any], frontier: Frontier, kept: Sequence[int]) -> bool:
+    """Equal, or one child too many on the last leaf served, where float32 masses explain it."""
+    published, width = tuple(case["shares"]), case["width"]
+    if ours == published:
+        return True
+    last = min((leaf for leaf, share in enumerate(ours) if share), key=lambda leaf: frontier.scores[leaf])
+    overshot = tuple(share + (leaf == last) for leaf, share in enumerate(ours))
+    scores = [frontier.scores[leaf] for leaf in kept]
+    rounded = _float32_shares(scores, width, case["softmax_temperature"])
+    return published == overshot == scatter(rounded, kept, len(frontier.leaves))
+
+
+def _float32_shares(scores: list[float], width: int, temperature: float) -> list[int]:
+    """The sequential ceiling rule in the arithmetic of the published code: one float32 mass that weights come off."""
+    weights = np.exp(np.array(scores) / temperature).astype(np.float32)  # [L]
+    mass = np.float32(0.0)
+    for weight in weights:
+        mass += weight
+    shares = [0] * len(scores)
+    for leaf in sorted(range(len(scores)), key=lambda leaf: -scores[leaf]):
+        shares[leaf] = math.ceil(np.float32(width) * weights[leaf] / mass) if mass > 0 else 0
+        width -= shares[leaf]
+        mass -= weights[leaf]
+    return shares
 
 
 def main(arguments: list[str]) -> int:
@@ -112,7 +132,14 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print(__doc__)
         return 2
-    cases = json.loads(Path(arguments[0]).read_text())
+    try:
+        cases = json.loads(Path(arguments[0]).read_text())
+    except (OSError, ValueError) as error:
+        print(f"cannot read {arguments[0]}: {' '.join(str(error).split())}")
+        return 2
+    if not isinstance(cases, list):
+        print(f"{arguments[0]} holds a {type(cases).__name__}, not a list of cases")
+        return 2
     failed = 0
     for number, case in enumerate(cases):
         try:
@@ -121,7 +148,8 @@ def main(arguments: list[str]) -> int:
             problems = [f"malformed case: {type(error).__name__}: {error}"]
         failed += bool(problems)
         if problems:
-            print(f"case {number} (seed {case.get('seed')}, {case.get('method')}): {'; '.join(problems)}")
+            about = case if isinstance(case, dict) else {}
+            print(f"case {number} (seed {about.get('seed')}, {about.get('method')}): {'; '.join(problems)}")
     print(f"{len(cases) - failed} of {len(cases)} cases agree")
     return 1 if failed or not cases else 0
 

@@ -52,8 +52,14 @@ def corrupt(cases: list[dict], what: str) -> int:
         case "embedding":
             for leaf in case["frontier"]:
                 case["nodes"][leaf]["embedding"] = case["nodes"][case["frontier"][0]]["embedding"]
+        case "one child too many":  # on the last leaf served, where the published code itself can overshoot
+            served = [place for place, share in enumerate(case["shares"]) if share]
+            scores = [case["nodes"][leaf]["score"] for leaf in case["frontier"]]
+            case["shares"][min(served, key=lambda place: scores[place])] += 1
         case "missing field":
             del case["width"]
+        case "no case":
+            cases[number] = 5
         case _:
             best = case["shares"].index(max(case["shares"]))
             case["shares"][best] -= 1
@@ -68,7 +74,9 @@ def corrupt(cases: list[dict], what: str) -> int:
         "kv tokens",
         "score",
         "embedding",
+        "one child too many",
         "missing field",
+        "no case",
         "ets shares",
         "beam shares",
         "rebase shares",
@@ -83,6 +91,17 @@ def test_a_falsified_case_is_reported(what: str, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.startswith(f"case {number} ")
     assert done.stdout.strip().endswith("59 of 60 cases agree")
+
+
+@pytest.mark.parametrize("text", [None, "no", '{"cases": []}'])
+def test_a_file_without_cases_is_refused_in_one_line(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "cases.json"
+    if text is not None:
+        path.write_text(text)
+    done = replay(path)
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1 and str(path) in done.stdout
 
 
 def test_no_cases_is_not_agreement(tmp_path: Path) -> None:
