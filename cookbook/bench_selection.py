@@ -1,15 +1,19 @@
 """How long one selection takes: every selector on synthetic trees grown by REBASE; no model is involved.
 
-    python cookbook/bench_selection.py [--widths 16 64 256] [--depth 10] [--trees 15] [--seed 0] [--record]
+    python cookbook/bench_selection.py [--widths 16 64 256] [--depth 10] [--trees 15] [--repeats 3] [--seed 0]
 
-Scores are Beta(2, 2), steps have 50 to 256 tokens, embeddings are noisy copies of width / 4 random directions.
-Prints a table, then one JSON line; `--record` appends that line to results/bench_selection.jsonl beside this file.
+Scores are Beta(2, 2), steps have 50 to 256 tokens, embeddings are noisy copies of width / 4 random directions. A
+selection is all that the loop does between two model calls: build the frontier from the tree, then select (clustering
+included). Medians and spreads are over every repeat on every tree, after one warm-up each; where the wall time is far
+above the CPU time, the machine was busy with something else. Prints a table, then one JSON line, and appends that line
+to `results/bench_selection.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -58,24 +62,27 @@ def grow_tree(width: int, depth: int, rng: np.random.Generator) -> tuple[SearchT
 
 
 def measure(name: str, width: int, grown: list[tuple[SearchTree, Frontier]], repeats: int) -> dict[str, Any]:
-    """Milliseconds of one selection: median over trees of the best of `repeats`, with p20 and p80."""
+    """Milliseconds from tree to shares: median, p20 and p80 over all trees and repeats; the frontier's part apart."""
     times_ms: list[float] = []
+    frontier_ms: list[float] = []
+    cpu_ms: list[float] = []
     kept: list[int] = []
-    for tree, frontier in grown:
-        selector = SELECTORS.get(name)
+    for tree, seen in grown:
+        selector = SELECTORS[name]
         if name == "ets_kv_budget":  # room for the whole width and half of the tree
-            selector = EtsKv(kv_budget_tokens=width * 256 + sum(frontier.num_tokens) // 2)
-        best_s = float("inf")
-        for _ in range(repeats):
-            started_s = time.perf_counter()
-            if selector is None:
-                build_frontier(tree, tree.frontier)
-                shares: tuple[int, ...] = ()
-            else:
-                shares = selector.select(frontier, width).shares
-            best_s = min(best_s, time.perf_counter() - started_s)
-        times_ms.append(1e3 * best_s)
-        kept.append(sum(share > 0 for share in shares))
+            selector = EtsKv(kv_budget_tokens=width * 256 + sum(seen.num_tokens) // 2)
+        for repeat in range(1 + repeats):
+            started_cpu_s, started_s = time.process_time(), time.perf_counter()
+            frontier = build_frontier(tree, tree.frontier, max_step_tokens=256, embeddings=seen.embeddings)
+            built_s = time.perf_counter()
+            shares = selector.select(frontier, width).shares
+            ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
+            if repeat == 0:  # warm-up
+                kept.append(sum(share > 0 for share in shares))
+                continue
+            times_ms.append(1e3 * (ended_s - started_s))
+            cpu_ms.append(1e3 * (ended_cpu_s - started_cpu_s))
+            frontier_ms.append(1e3 * (built_s - started_s))
     p20_ms, p80_ms = np.percentile(times_ms, [20, 80]).tolist()
     return {
         "selector": name,
@@ -83,6 +90,8 @@ def measure(name: str, width: int, grown: list[tuple[SearchTree, Frontier]], rep
         "median_ms": round(statistics.median(times_ms), 3),
         "p20_ms": round(p20_ms, 3),
         "p80_ms": round(p80_ms, 3),
+        "median_cpu_ms": round(statistics.median(cpu_ms), 3),
+        "build_frontier_ms": round(statistics.median(frontier_ms), 3),
         "mean_kept": round(statistics.mean(kept), 1),
     }
 
@@ -94,7 +103,8 @@ def environment(seed: int) -> dict[str, Any]:
     )
     model = [line for line in _cpu_info() if line.startswith("model name")]
     return {
-        "cpu": model[0].split(":", 1)[1].strip() if model else platform.processor(),
+        "machine": model[0].split(":", 1)[1].strip() if model else platform.processor(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "scipy": scipy.__version__,
@@ -116,26 +126,32 @@ def main() -> None:
     parser.add_argument("--trees", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     rows: list[dict[str, Any]] = []
-    print(f"{'selector':<16}{'width':>6}{'median ms':>11}{'p20':>9}{'p80':>9}{'kept':>7}")
+    print(f"{'selector':<16}{'width':>6}{'median ms':>11}{'p20':>9}{'p80':>9}{'cpu':>9}{'frontier':>10}{'kept':>7}")
     for width in options.widths:
         grown = [grow_tree(width, options.depth, rng) for _ in range(options.trees)]
-        for name in ("build_frontier", *SELECTORS):
+        for name in SELECTORS:
             row = measure(name, width, grown, options.repeats)
             rows.append(row)
             print(
                 f"{name:<16}{width:>6}{row['median_ms']:>11.3f}{row['p20_ms']:>9.3f}{row['p80_ms']:>9.3f}"
-                f"{row['mean_kept']:>7.1f}"
+                f"{row['median_cpu_ms']:>9.3f}{row['build_frontier_ms']:>10.3f}{row['mean_kept']:>7.1f}"
             )
-    line = json.dumps({**environment(options.seed), "depth": options.depth, "trees": options.trees, "rows": rows})
+    line = json.dumps(
+        {
+            **environment(options.seed),
+            "depth": options.depth,
+            "trees": options.trees,
+            "repeats": options.repeats,
+            "rows": rows,
+        }
+    )
     print(line)
-    if options.record:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as results:
-            results.write(line + "\n")
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as results:
+        results.write(line + "\n")
 
 
 if __name__ == "__main__":
