@@ -205,6 +205,10 @@ def test_the_right_solution() -> None:
         ({3: "total Ben and Cara: 93-51=42"}, 3),
         ({4: "total with Eva: 93+21=114. Answer: 115"}, 4),
         ({3: "total Ben and Cara: 42+51=93. Answer: 93"}, 3),  # too early
+        ({3: "total Ben and Cara: 42+51=93. Answer: 114"}, 3),  # right before it can be known
+        ({3: "total with Eva: 93+21=114", 4: RIGHT[3]}, 3),  # the second sum first
+        ({4: RIGHT[3]}, 4),  # the same sum twice
+        ({1: RIGHT[3], 3: RIGHT[1]}, 1),  # Cara is not known yet
         ({0: f"{RIGHT[0]}. Answer: 42"}, 0),
         ({1: "- Cara has 42+9=51"}, 1),  # no word how
         ({1: "Cara has 9 more than Ben: 42+9=51"}, 1),
@@ -237,6 +241,8 @@ def test_incomplete_and_overlong_solutions() -> None:
         True,
         False,
     ]
+    elsewhere = ["- Ben has 3 more than Ana: 4+3=7", "- Cara has half of Ana: 4/2=2. Answer: 7"]
+    assert check_steps(one, elsewhere) == [True, False], "the answer belongs to its own line"
 
 
 def test_answer() -> None:
