@@ -45,6 +45,7 @@ def sample_solutions(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--family", nargs="*", choices=sorted(FAMILIES), default=sorted(FAMILIES))
     parser.add_argument("--problems", type=int, default=6000, help="per family")
     parser.add_argument("--samples", type=int, default=4, help="per problem")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -56,7 +57,7 @@ def main() -> None:
     decoder = StepDecoder(Runner(model, EngineConfig(), verify=False), tokenizer)
     began = time.time()
     with args.out.open("w") as out:
-        for family in FAMILIES:
+        for family in args.family:
             rng = Random(f"rollouts/{args.seed}/{family}/{args.held_out}")
             levels = FAMILIES[family].LEVELS
             solved = total = 0

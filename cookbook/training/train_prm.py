@@ -20,7 +20,6 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from data import Encoder, corrupted, verifier_batch
 from optim import make_optimizers, resume, save, set_lr, update
 
-AFTERMATH_WEIGHT = 0.2  # of the steps that follow the first wrong one: nothing new is to be seen there
 LANGUAGE_WEIGHT = 0.2  # of predicting right steps, beside judging them
 
 Sample = tuple[str, list[str], list[bool]]
@@ -42,19 +41,12 @@ def draw_samples(rng: Random, family: str, rollouts: list[Sample]) -> Iterator[S
         yield rng.choice(rollouts) if rollouts and rng.random() < 0.75 else corrupted(rng, family)
 
 
-def step_weights(labels: torch.Tensor) -> torch.Tensor:
-    """1 up to and including the first wrong step of a row, `AFTERMATH_WEIGHT` after it. Shape of `labels`."""
-    wrong = (labels == 0).long()
-    after = wrong.cumsum(1) - wrong > 0
-    return torch.where(after, AFTERMATH_WEIGHT, 1.0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--init", type=Path, required=True, help="policy or PRM to start from")
     parser.add_argument("--rollouts", type=Path, help="labelled rollouts of the policy")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--tokens", type=int, default=5120, help="tokens per family per step")
+    parser.add_argument("--tokens", type=int, nargs=2, default=[5120, 5120], help="per step: of countdown, of story")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/prm"))
@@ -81,20 +73,18 @@ def main() -> None:
     for step in range(start, args.steps):
         set_lr(optimizers, args.lr, step, args.steps)
         report: dict[str, float] = {}
-        for family in ("countdown", "story"):
+        for family, num_tokens in zip(("countdown", "story"), args.tokens, strict=True):
             samples = draw_samples(Random(f"prm/{args.seed}/{step}/{family}"), family, rollouts[family])
-            ids, labels, targets = (part.to(args.device) for part in verifier_batch(encode, samples, args.tokens))
+            ids, labels, targets = (part.to(args.device) for part in verifier_batch(encode, samples, num_tokens))
             told, read = targets[:, 1:] >= 0, labels >= 0
             with torch.autocast(args.device, dtype=torch.bfloat16):
                 hidden = body(input_ids=ids, use_cache=False).last_hidden_state
                 words = hidden[:, :-1][told] @ embedding.T
             judged = model.score(hidden[read].float())
-            weights = step_weights(labels)[read]
-            loss = (F.cross_entropy(judged, labels[read], reduction="none") * weights).sum() / weights.sum()
+            loss = F.cross_entropy(judged, labels[read])
             language = F.cross_entropy(words.float(), targets[:, 1:][told]) if told.any() else loss.new_zeros(())
             ((loss + LANGUAGE_WEIGHT * language) / 2).backward()
-            first = weights == 1.0
-            right = (judged.argmax(-1) == labels[read])[first].float().mean().item()
+            right = (judged.argmax(-1) == labels[read]).float().mean().item()
             report |= {family: round(loss.item(), 4), f"{family}_accuracy": round(right, 4)}
             report |= {f"{family}_language": round(language.item(), 4)}
         update(model, optimizers)

@@ -34,11 +34,9 @@ def test_they_are_plain_checkpoints_of_16_mb_in_all() -> None:
     assert sum(path.stat().st_size for path in files) <= SIZE_LIMIT_BYTES
 
 
-@pytest.mark.parametrize("family", ["countdown", "story"])
-def test_search_beats_greedy_on_fresh_problems(engine: ETSEngine, family: str) -> None:
-    """16 held-out problems; the measured gap over 200 is far above the margin asked for here."""
-    level = {"countdown": 4, "story": None}[family]
-    problems = [row.problem for row in generate_problems(family, level, seed=11, count=16)]
+def test_search_beats_greedy_on_fresh_countdowns(engine: ETSEngine) -> None:
+    """24 held-out problems; the gap measured over 200 (README) is far above the margin asked for here."""
+    problems = [row.problem for row in generate_problems("countdown", 4, seed=11, count=24)]
     solved = {}
     for strategy in ("greedy", "ets"):
         results = [engine.search(one, SearchConfig(strategy=strategy, width=16)) for one in problems]
