@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -108,9 +108,10 @@ class Ets:
         shares = split([frontier.scores[leaf] for leaf in kept], children, temperature=self.softmax_temperature)
         spread = scatter(shares, kept, num_leaves)
         clusters = problem.clusters or (-1,) * num_leaves
+        columns = zip(frontier.leaves, spread, problem.rewards, problem.own_prices(), clusters, strict=True)
         verdicts = tuple(
-            LeafVerdict(node=node, share=share, reward=reward, node_cost=problem.prices[node], cluster=cluster)
-            for node, share, reward, cluster in zip(frontier.leaves, spread, problem.rewards, clusters, strict=True)
+            LeafVerdict(node=node, share=share, reward=reward, node_cost=price, cluster=cluster)
+            for node, share, reward, price, cluster in columns
         )
         return Selection(spread, verdicts)
 
@@ -177,17 +178,7 @@ def _reserve_children(problem: KeepProblem, budget_tokens: int, frontier: Fronti
         reserved = 0
         for node in frontier.leaves:
             sizes[node] += step_tokens
-    return KeepProblem(
-        problem.parents,
-        problem.leaves,
-        problem.rewards,
-        problem.prices,
-        problem.clusters,
-        problem.cluster_worth,
-        problem.max_kept,
-        tuple(sizes),
-        budget_tokens - reserved,
-    )
+    return replace(problem, sizes=tuple(sizes), capacity=budget_tokens - reserved)
 
 
 def _path_tokens(problem: KeepProblem, frontier: Frontier, kept: tuple[int, ...] | list[int]) -> int:

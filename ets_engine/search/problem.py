@@ -53,6 +53,27 @@ class KeepProblem:
                 node = self.parents[node]
         return nodes
 
+    def own_prices(self) -> list[float]:
+        """Price of the nodes that each leaf shares with no other: what pruning it alone would save. Shape [L].
+
+        Example:
+            >>> KeepProblem((-1, 0, 0, 1), (2, 3), (0.5, 0.5), (0.125, 0.25, 0.5, 1.0)).own_prices()
+            [0.5, 1.25]
+        """
+        leaves_below = [0] * len(self.parents)
+        for leaf in self.leaves:
+            leaves_below[leaf] = 1
+        for node in range(len(self.parents) - 1, 0, -1):
+            leaves_below[self.parents[node]] += leaves_below[node]
+        prices: list[float] = []
+        for leaf in self.leaves:
+            node, price = leaf, 0.0
+            while node >= 0 and leaves_below[node] == 1:
+                price += self.prices[node]
+                node = self.parents[node]
+            prices.append(price)
+        return prices
+
     def objective(self, kept: Iterable[int]) -> float:
         """Value of keeping exactly these leaves.
 

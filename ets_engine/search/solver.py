@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from ets_engine.search.problem import KeepProblem
 
 _TIE = 1e-12  # gains below this are rounding noise: the node is not worth its KV
 _MAX_CELLS = 1_000_000  # table entries up to which the program over clusters beats HiGHS
+_NODE_LIMIT = 1_000  # tight budgets at width 256 take about ten
 _OBJECTIVE_SCALE = 1e4  # HiGHS stops at an absolute gap of 1e-6; this puts it at 1e-10 of our objective
 
 
@@ -41,19 +43,21 @@ def solve(problem: KeepProblem) -> tuple[int, ...]:
         >>> solve(KeepProblem((-1, 0, 0), (1, 2), (0.75, 0.25), (0.25, 0.25, 0.5)))
         (0,)
     """
-    if problem.capacity is not None:
-        if not any(problem.feasible([leaf]) for leaf in range(len(problem.leaves))):
-            raise ValueError(f"no leaf fits the capacity of {problem.capacity}; raise the capacity")
-        if problem.size(range(len(problem.leaves))) <= problem.capacity:
-            problem = _without_capacity(problem)
-    counts_limited = problem.max_kept is not None and problem.max_kept < len(problem.leaves)
-    if problem.cluster_worth > 0 and problem.clusters:
-        reducible = problem.capacity is None and not counts_limited and min(problem.prices) >= 0
-        return (solve_reduced(problem) if reducible else solve_milp(problem)) or solve_greedy(problem)
-    kept = solve_tree(problem) if problem.capacity is None else solve_knapsack(problem)
-    if kept is None or (counts_limited and not problem.feasible(kept)):
-        return solve_milp(problem) or solve_greedy(problem)
-    return kept
+    if problem.capacity is not None and not any(problem.feasible([leaf]) for leaf in range(len(problem.leaves))):
+        raise ValueError(f"no leaf fits the capacity of {problem.capacity}; raise the capacity")
+    coverage_counts = problem.cluster_worth > 0 and bool(problem.clusters)
+    unlimited = replace(problem, max_kept=None, capacity=None)
+    if not coverage_counts:
+        kept = solve_tree(unlimited)
+    else:
+        kept = solve_reduced(unlimited) if min(problem.prices) >= 0 else solve_milp(unlimited)
+    if kept is not None and problem.feasible(kept):
+        return kept  # no limit binds
+    if not coverage_counts and problem.capacity is not None:
+        kept = solve_knapsack(problem)
+        if kept is not None and problem.feasible(kept):
+            return kept  # it looks at the capacity only
+    return solve_milp(problem) or solve_greedy(problem)
 
 
 def solve_tree(problem: KeepProblem) -> tuple[int, ...]:
@@ -113,7 +117,7 @@ def solve_reduced(problem: KeepProblem) -> tuple[int, ...] | None:
 
 
 def solve_milp(problem: KeepProblem) -> tuple[int, ...] | None:
-    """The integer program by HiGHS: binary leaves; branches and clusters continuous, integral on their own.
+    """The integer program by HiGHS: binary leaves; branches and clusters are integral on their own.
 
     Columns are the leaves x, the branches y below the root, and the clusters z; a node needs its parent
     (`x_i <= y_parent`, `y_j <= y_parent`), a cluster a kept leaf (`z_k <= sum of its x`), and one leaf is kept.
@@ -171,6 +175,8 @@ def solve_milp(problem: KeepProblem) -> tuple[int, ...] | None:
     matrix = csr_array((value, (row, column)), shape=(len(lower), num_columns))
     integrality = np.zeros(num_columns)
     integrality[:num_leaves] = 1
+    if problem.capacity is not None:
+        integrality[:] = 1  # a knapsack row makes the program hard: to branch on whole subtrees halves its time
     found = cast(
         "Any",
         milp(
@@ -178,7 +184,7 @@ def solve_milp(problem: KeepProblem) -> tuple[int, ...] | None:
             integrality=integrality,
             bounds=Bounds(0.0, 1.0),
             constraints=(matrix, lower, np.concatenate(upper)),
-            options={"mip_rel_gap": 0.0, "node_limit": 10_000},
+            options={"mip_rel_gap": 0.0, "node_limit": _NODE_LIMIT},
         ),
     )
     if found.x is None:
@@ -269,15 +275,3 @@ class _Kept:
             self._below[node] += change
         if self._problem.clusters:
             self._covering[self._problem.clusters[leaf]] += change
-
-
-def _without_capacity(problem: KeepProblem) -> KeepProblem:
-    return KeepProblem(
-        problem.parents,
-        problem.leaves,
-        problem.rewards,
-        problem.prices,
-        problem.clusters,
-        problem.cluster_worth,
-        problem.max_kept,
-    )

@@ -132,6 +132,20 @@ def test_highs_is_exact_with_coverage_under_a_capacity(problem):
     assert_optimal(problem, solve(problem))
 
 
+@few
+@given(problems(capacity=True) | problems(coverage=False, capacity=True) | problems(), st.integers(1, 4))
+def test_every_combination_of_coverage_capacity_and_count_is_exact(problem, max_kept):
+    assert_optimal(replace(problem, max_kept=max_kept), solve(replace(problem, max_kept=max_kept)))
+
+
+@few
+@given(frontiers(), st.integers(1, 40), st.sampled_from([0.0, 1.45]))
+def test_the_published_bonus_keeps_everything_and_that_is_optimal(frontier, open_width, lambda_d):
+    problem = Ets(lambda_b=0.0, lambda_d=lambda_d, published=True).problem(frontier, open_width)
+    assert_optimal(problem, solve(problem))
+    assert solve(problem) == tuple(range(len(frontier.leaves)))
+
+
 @quick
 @given(problems(capacity=True))
 def test_greedy_is_feasible_and_never_beats_the_optimum(problem):

@@ -1,5 +1,7 @@
 """The pruning problem on trees small enough to solve by hand; random trees are in tests/property."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,20 @@ def test_a_count_without_coverage_is_exact_too():
     )
     assert solve_greedy(problem) == (0, 1)
     assert solve(problem) == (2, 3)
+
+
+def test_a_capacity_that_does_not_bind_changes_nothing():
+    # All five leaves would take 9 units, the three worth keeping 6: no table, no integer program is needed.
+    roomy = replace(five_leaves(1.0, 0.0), clusters=(), sizes=(1,) * 9, capacity=6)
+    assert names(solve(roomy)) == "c1 c3 c4"
+    assert names(solve(replace(roomy, capacity=5))) == "c1"  # 0.4 - 3/9, more than c1 and c3 or c3 and c4
+
+
+def test_own_prices_count_every_node_that_one_leaf_alone_holds():
+    # root -> a -> {b, c -> d}, e -> f: d alone holds c, f alone holds e; a and the root are shared.
+    problem = KeepProblem((-1, 0, 1, 1, 3, 0, 5), (2, 4, 6), (0.0,) * 3, (64.0, 32.0, 1.0, 2.0, 4.0, 8.0, 16.0))
+    assert problem.own_prices() == [1.0, 6.0, 24.0]
+    assert replace(problem, leaves=(6,)).own_prices() == [88.0]  # one leaf holds its whole path
 
 
 def test_highs_respects_the_count():
