@@ -34,6 +34,8 @@ class SearchTree:
         self._subtrees = [0]  # which child of the root each node descends from
         self._children = [0]  # children of each node (count)
         self._round = range(1)  # ids of the last round
+        self._closed: list[int] = []  # nodes that will never be extended, ascending
+        self._unique_tokens = prompt_tokens
         self._verdicts: dict[int, LeafVerdict] = {}
         self.published_tokens = 0
         self.select_s = 0.0
@@ -75,7 +77,7 @@ class SearchTree:
     @property
     def closed(self) -> tuple[int, ...]:
         """Nodes that will never be extended because they finished, ran out or failed; each consumes width."""
-        return self.stopped_by(StopReason.FINISHED, StopReason.LENGTH, StopReason.ERROR)
+        return tuple(self._closed)
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -85,7 +87,7 @@ class SearchTree:
     @property
     def unique_tokens(self) -> int:
         """Tokens over all nodes ever created."""
-        return sum(node.step.num_tokens for node in self._nodes)
+        return self._unique_tokens
 
     @property
     def path_tokens(self) -> int:
@@ -103,8 +105,8 @@ class SearchTree:
         return self.unique_tokens - self.prompt_tokens
 
     def stopped_by(self, *reasons: StopReason) -> tuple[int, ...]:
-        """Nodes that ended for one of these reasons, earliest first."""
-        return tuple(node.id for node in self._nodes if node.step.stop in reasons)
+        """Closed nodes that ended for one of these reasons, earliest first."""
+        return tuple(node for node in self._closed if self._nodes[node].step.stop in reasons)
 
     def tokens_to(self, node: int) -> int:
         """Tokens from the root to this node, both included."""
@@ -199,6 +201,9 @@ class SearchTree:
             self._subtrees.append(child - first if parent == 0 else self._subtrees[parent])
             self._children.append(0)
             self._children[parent] += 1
+            self._unique_tokens += step.num_tokens
+            if step.stop is not StopReason.BOUNDARY:
+                self._closed.append(child)
         self._round = range(first, len(self._nodes))
 
     def record(self, leaves: Sequence[int], verdicts: Sequence[LeafVerdict]) -> None:
@@ -235,6 +240,12 @@ class SearchTree:
                 raise AssertionError(f"node {node.id} counts {self._path_tokens[place]} path tokens")
         if children != self._children:
             raise AssertionError(f"children are {children}, counted {self._children}")
+        closed = [node.id for node in self._nodes if node.step.stop is not StopReason.BOUNDARY]
+        if closed != self._closed:
+            raise AssertionError(f"closed are {closed}, counted {self._closed}")
+        unique_tokens = sum(node.step.num_tokens for node in self._nodes)
+        if unique_tokens != self._unique_tokens:
+            raise AssertionError(f"there are {unique_tokens} tokens, counted {self._unique_tokens}")
         for node, verdict in self._verdicts.items():
             if verdict.node != node or children[node] not in (0, verdict.share):  # 0 while the round is under way
                 raise AssertionError(f"node {node} has verdict {verdict} and {children[node]} children")

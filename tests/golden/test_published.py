@@ -27,7 +27,8 @@ def replay(path: Path) -> subprocess.CompletedProcess[str]:
 def test_all_recorded_cases_agree() -> None:
     done = replay(CASES)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == "60 of 60 cases agree"
+    assert done.stdout == ""
+    assert done.stderr == "60 of 60 cases agree\n"
 
 
 def corrupt(cases: list[dict], what: str) -> int:
@@ -58,6 +59,8 @@ def corrupt(cases: list[dict], what: str) -> int:
             case["shares"][min(served, key=lambda place: scores[place])] += 1
         case "missing field":
             del case["width"]
+        case "score out of range":
+            case["nodes"][case["kept"][0]]["score"] = 1.5
         case "no case":
             cases[number] = 5
         case _:
@@ -76,6 +79,7 @@ def corrupt(cases: list[dict], what: str) -> int:
         "embedding",
         "one child too many",
         "missing field",
+        "score out of range",
         "no case",
         "ets shares",
         "beam shares",
@@ -89,8 +93,21 @@ def test_a_falsified_case_is_reported(what: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(cases))
     done = replay(path)
     assert done.returncode == 1, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 1
     assert done.stdout.startswith(f"case {number} ")
-    assert done.stdout.strip().endswith("59 of 60 cases agree")
+    assert done.stderr == "59 of 60 cases agree\n"
+
+
+def test_every_falsified_case_gets_its_line(tmp_path: Path) -> None:
+    cases = json.loads(CASES.read_text())
+    for case in cases[::2]:
+        case["kv_tokens"] += 1
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps(cases))
+    done = replay(path)
+    assert done.returncode == 1
+    assert [line.split()[1] for line in done.stdout.splitlines()] == [str(number) for number in range(0, 60, 2)]
+    assert done.stderr == "30 of 60 cases agree\n"
 
 
 @pytest.mark.parametrize("text", [None, "no", '{"cases": []}'])

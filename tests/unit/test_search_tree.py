@@ -112,6 +112,8 @@ def test_growing_elsewhere_is_refused(tree, children, parents, message):
         (lambda tree: tree._nodes.append(tree._nodes[4]), "stands at place"),
         (lambda tree: tree._path_tokens.__setitem__(4, 99), "counts 99 path tokens"),
         (lambda tree: tree._children.__setitem__(1, 3), "children are"),
+        (lambda tree: tree._closed.remove(2), "closed are"),
+        (lambda tree: setattr(tree, "_unique_tokens", 25), "there are 26 tokens, counted 25"),
         (lambda tree: tree._verdicts.__setitem__(1, LeafVerdict(node=1, share=1)), "has verdict"),
         (lambda tree: tree._nodes.__setitem__(4, replaced(tree, 4, step_score=1.5)), "has score 1.5"),
         (lambda tree: tree._nodes.__setitem__(4, replaced(tree, 4, parent=5)), "which is not before it"),
