@@ -30,6 +30,7 @@ def export(auto: type, source: Path, target: Path) -> int:
         model.half().save_pretrained(target)
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
         after = auto.from_pretrained(target, dtype=torch.float32).eval()(input_ids=ids).logits
+    (target / "model.safetensors").chmod(0o644)  # saved for the owner alone, but the package is for everybody
     error = (before - after).abs().max().item()
     if error > 0.1:
         raise ValueError(f"{target} differs from {source} by {error:.3f}: do not ship it")
