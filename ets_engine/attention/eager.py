@@ -78,13 +78,12 @@ def _tail(grouped: torch.Tensor, cache: torch.Tensor, layout: AttentionLayout, s
     """Each row's queries over its own tail: [T, K, G, D] and [T, K, G]; in fp32 where that is faster."""
     num_rows, num_queries = layout.num_rows, layout.num_queries
     _, kv_heads, group, dim = grouped.shape
-    keys, values = _read(cache, layout.tail_slots.reshape(-1))
-    keys = keys.view(num_rows, -1, kv_heads, dim).transpose(1, 2)  # [B, K, L, D]
-    values = values.view(num_rows, -1, kv_heads, dim).transpose(1, 2)
+    part = cache.index_select(0, layout.tail_slots.flatten()).view(num_rows, -1, 2, kv_heads, dim)
+    if num_queries == 1 and part.device.type == "cpu" and part.dtype.itemsize == 2:
+        grouped, part = grouped.float(), part.float()
+    keys, values = part.permute(2, 0, 3, 1, 4).unbind()  # each [B, K, L, D]
     if num_queries == 1:  # decoding: the head group takes the place of the queries
         bias = None if layout.tail_bias is None else layout.tail_bias.expand(-1, -1, group, -1)
-        if grouped.device.type == "cpu" and grouped.dtype.itemsize == 2:
-            grouped, keys, values = grouped.float(), keys.float(), values.float()
         return attend(grouped, keys, values, scale, bias)
     padded = grouped if layout.query_index is None else grouped[layout.query_index.view(-1)]
     padded = padded.view(num_rows, num_queries, kv_heads, group, dim).permute(3, 0, 2, 1, 4)  # [G, B, K, Q, D]

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ets_engine.kv.prefix_tree import PrefixTree
 
-# A segment costs a handful of small tensor operations per layer, about what gathering and attending this many
-# tail tokens costs; it must save at least as many.
-MIN_SAVED_TOKENS = 256
+# A segment costs a handful of small tensor operations per layer, about what gathering and attending this many numbers
+# of K/V in tails costs; it must save at least as many. That is 256 tokens of 4 KV heads x 64, 682 of 3 x 32.
+MIN_SAVED_NUMBERS = 1 << 17
 
 IntArray = NDArray[np.int64]
 _NO_SLOTS: IntArray = np.empty(0, dtype=np.int64)
@@ -86,7 +86,7 @@ class LayoutBuilder:
         tree: The KV tree.
         device: Of the index tensors.
         bias_dtype: Of `TreeLayout.tail_bias`.
-        min_saved_tokens: Shared tokens a segment must save from being read again, >= 0.
+        min_saved_tokens: Shared tokens a segment must save from being read again, >= 0; None = what pays on a CPU.
     """
 
     def __init__(
@@ -95,11 +95,13 @@ class LayoutBuilder:
         *,
         device: torch.device | str = "cpu",
         bias_dtype: torch.dtype = torch.float32,
-        min_saved_tokens: int = MIN_SAVED_TOKENS,
+        min_saved_tokens: int | None = None,
     ) -> None:
         self._tree = tree
         self._device = torch.device(device)
         self._bias_dtype = bias_dtype
+        if min_saved_tokens is None:
+            min_saved_tokens = MIN_SAVED_NUMBERS // max(2 * one.kv_heads * one.head_dim for one in tree.pool.shapes)
         self._min_saved_tokens = min_saved_tokens
         self._next_rows: list[Row] | None = None  # the rows that the remembered plan can be grown to
 
@@ -212,7 +214,7 @@ class LayoutBuilder:
         before = self._tail_lengths - new  # tail tokens that all of a row's new tokens see
         query_index = packed_index = None
         if decoding:
-            positions, last_index = self._starts.copy(), self._row_index
+            positions, last_index = self._starts, self._row_index
             write_slots = self._tail[self._row_index, before]
         else:
             offsets = np.concatenate([np.arange(count) for count in new])

@@ -177,5 +177,8 @@ class KVPool:
     def write(self, layer: int, slots: torch.Tensor | slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens' K and V (each `[T, K, D]`) at `slots` (`[T]`) of one layer."""
         cache = self.layers[layer]
-        cache[slots, 0] = keys
-        cache[slots, 1] = values
+        if isinstance(slots, slice):
+            cache[slots, 0] = keys
+            cache[slots, 1] = values
+        else:
+            cache.index_copy_(0, slots, torch.stack((keys, values), dim=1))

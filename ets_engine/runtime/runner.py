@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from transformers import PreTrainedModel
@@ -136,7 +137,7 @@ class Runner:
         stored = self._append(rows)
         lengths = [len(tokens) for _, tokens in rows]
         sizes = [1] * len(rows) if last_only else lengths
-        ends = torch.tensor(sizes).cumsum(0).tolist()
+        ends = list(accumulate(sizes))
         hidden: torch.Tensor | None = None
         try:
             forwards = plan_forwards(lengths, self.config.prefill_chunk_tokens)

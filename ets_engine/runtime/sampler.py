@@ -68,8 +68,8 @@ def uniforms(
     """
     state = np.zeros(len(seeds), dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for part in (seeds, nodes, positions):
-            state = _mix(state ^ _mix(np.asarray(part, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
+        for part in _mix(np.array([seeds, nodes, positions], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)):
+            state = _mix(state ^ part)
     return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # exact, so never 0 or 1
 
 
