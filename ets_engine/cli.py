@@ -110,7 +110,9 @@ def solve(
     tree: Annotated[
         bool, typer.Option("--tree", help="Draw the search tree; with --json, include it as `trace`.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON and nothing else.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the whole result as one line of JSON.")
+    ] = False,
 ) -> None:
     """Solve PROBLEM by tree search and show the answer, its steps and what it cost.
 
@@ -222,7 +224,9 @@ def _search(
 def _show(result: SearchResult, *, as_json: bool, tree: bool) -> None:
     """Print a result on standard output."""
     if as_json:
-        typer.echo(result.model_dump_json(indent=2).encode())  # bytes: JSON is UTF-8 whatever the terminal is
+        typer.echo(
+            result.model_dump_json().encode()
+        )  # bytes: UTF-8 whatever the terminal; a line, so that results make JSONL
         return
     from rich.console import Console
 
