@@ -110,9 +110,7 @@ def solve(
     tree: Annotated[
         bool, typer.Option("--tree", help="Draw the search tree; with --json, include it as `trace`.")
     ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the whole result as one line of JSON.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole result as one line of JSON.")] = False,
 ) -> None:
     """Solve PROBLEM by tree search and show the answer, its steps and what it cost.
 
