@@ -95,7 +95,7 @@ class _Presolve:
         """Fix and drop nodes by what their subtrees are worth at least and at most; whether any was."""
         problem, count = self._problem, len(self._problem.parents)
         least, most = [0.0] * count, [0.0] * count  # the children's gains, then the subtree's worth
-        for node in range(count - 1, -1, -1):
+        for node in range(count - 1, 0, -1):
             if not self._alive[node]:
                 continue
             leaf = self._leaf_at.get(node)
@@ -104,10 +104,8 @@ class _Presolve:
                 most[node] = least[node] + (problem.cluster_worth if self._clusters[leaf] >= 0 else 0.0)
             least[node] -= problem.prices[node]
             most[node] -= problem.prices[node]
-            parent = problem.parents[node]
-            if parent >= 0:
-                least[parent] += max(0.0, least[node])
-                most[parent] += max(0.0, most[node])
+            least[problem.parents[node]] += max(0.0, least[node])
+            most[problem.parents[node]] += max(0.0, most[node])
         changed = False
         for node in range(1, count):
             if not self._alive[node] or self._fixed[node]:

@@ -77,14 +77,13 @@ def solve_tree(problem: KeepProblem) -> tuple[int, ...]:
     worths = [0.0] * count
     for leaf, node in enumerate(problem.leaves):
         gains[node], best[node] = problem.rewards[leaf], math.inf
-    for node in range(count - 1, -1, -1):
+    for node in range(count - 1, 0, -1):
         worth = worths[node] = (gains[node] if best[node] > _TIE else best[node]) - problem.prices[node]
         parent = problem.parents[node]
-        if parent >= 0:
-            if worth > _TIE:
-                gains[parent] += worth
-            if worth >= best[parent]:  # nodes come in descending order: the first of equals wins
-                best[parent], best_child[parent] = worth, node
+        if worth > _TIE:
+            gains[parent] += worth
+        if worth >= best[parent]:  # nodes come in descending order: the first of equals wins
+            best[parent], best_child[parent] = worth, node
     taken = [True] * count
     for node in range(1, count):
         parent = problem.parents[node]

@@ -50,6 +50,12 @@ def test_objective_of_a_hand_case():
     assert five_leaves(1.5, 1.0).objective([0, 4]) == pytest.approx(0.6 - 7.5 / 9 + 1.0, abs=1e-12)
 
 
+def test_a_leaf_without_a_cluster_covers_nothing():
+    problem = KeepProblem((-1, 0, 0), (1, 2), (0.25, 0.25), (0.0,) * 3, (-1, 0), 4.0)
+    assert [problem.objective(kept) for kept in ([0], [1], [0, 1])] == [0.25, 4.25, 4.5]
+    assert solve(problem) == solve_milp(problem) == solve_reduced(problem) == (0, 1)
+
+
 def test_one_leaf_is_kept_even_when_every_leaf_loses():
     problem = five_leaves(50.0, 0.0)
     assert solve(problem) == solve_milp(problem) == solve_tree(problem) == (0,)
