@@ -28,6 +28,7 @@ def tree_attention_eager(
     kv_heads = cache.shape[2]
     grouped = query.view(num_tokens, kv_heads, heads // kv_heads, dim)  # [T, K, G, D]
     output, lse = _tail(grouped, cache, layout, scale)
+    output = output.to(lse.dtype)  # rounded once, at the end
     for segment in layout.segments:
         keys, values = _read(cache, segment.slots)
         if segment.queries is None:
@@ -48,11 +49,11 @@ def merge(left: Partial, right: Partial) -> Partial:
         right: The same over the other keys.
 
     Returns:
-        Output and log-sum-exp over both, in the dtypes of `left`.
+        Output and log-sum-exp over both, in the dtype of the log-sum-exp.
     """
     weight = torch.sigmoid(left[1] - right[1]).unsqueeze(-1)  # = e^l1 / (e^l1 + e^l2), without overflow
     output = torch.lerp(right[0].to(weight.dtype), left[0].to(weight.dtype), weight)
-    return output.to(left[0].dtype), torch.logaddexp(left[1], right[1])
+    return output, torch.logaddexp(left[1], right[1])
 
 
 def _shared(grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> Partial:

@@ -55,8 +55,9 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, attention: str = "
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tiny models only wait for each other, badly so on a busy machine."""
+def one_thread_one_seed() -> Iterator[None]:
+    """The same numbers each time. Threads of tiny models only wait for each other, badly so on a busy machine."""
+    torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

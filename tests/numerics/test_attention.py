@@ -61,21 +61,23 @@ def test_fast_attention_equals_the_specification(seed: int, min_saved_tokens: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_errs_no_more_than_plain_attention(dtype: torch.dtype) -> None:
-    """The yardstick is fp64; merging may cost a little over torch's own attention in the same dtype, not a multiple."""
-    cache, layout, paths = random_batch(4, 2, 0, decoding=True)
-    query = torch.randn(len(paths), 4, HEAD_DIM, dtype=torch.float64)
-    exact = tree_attention(query, cache, layout, scale=0.3, implementation="reference")
-    narrow = replace(layout, tail_bias=layout.tail_bias.float())
-    ours = tree_attention(query.to(dtype), cache.to(dtype), narrow, scale=0.3)
+@pytest.mark.parametrize("seed", range(6))
+def test_low_precision_errs_little_more_than_plain_attention(dtype: torch.dtype, seed: int) -> None:
+    """The yardstick is fp64 on the same rounded inputs. Each part is rounded before merging: 1.2 times on average."""
+    cache, layout, paths = random_batch(seed, 2, 0, decoding=seed % 2 == 0)
+    query = torch.randn(len(paths), 4, HEAD_DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    cache = cache.to(dtype)
+    exact = tree_attention(query.double(), cache.double(), layout, scale=0.3, implementation="reference")
+    narrow = replace(layout, tail_bias=None if layout.tail_bias is None else layout.tail_bias.float())
+    ours = tree_attention(query, cache, narrow, scale=0.3)
     plain = []
-    for one, slots in zip(query.to(dtype), paths, strict=True):
-        keys, values = cache[slots].to(dtype).repeat_interleave(2, dim=2).transpose(0, 2).unbind(1)  # [H, N, D]
+    for one, slots in zip(query, paths, strict=True):
+        keys, values = cache[slots].repeat_interleave(2, dim=2).transpose(0, 2).unbind(1)  # [H, N, D]
         plain.append(
             torch.nn.functional.scaled_dot_product_attention(one[None, :, None], keys[None], values[None], scale=0.3)
         )
-    plain_error = (torch.cat(plain)[:, :, 0].double() - exact).abs().max()
-    assert (ours.double() - exact).abs().max() <= 2 * plain_error
+    plain_error = (torch.cat(plain)[:, :, 0].double() - exact).abs().mean()
+    assert (ours.double() - exact).abs().mean() <= 1.6 * plain_error
 
 
 def test_the_matmul_path_equals_the_flash_path() -> None:
