@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ets_engine.errors import ConfigError
+from ets_engine.errors import ConfigError, ETSError
 
 _BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
 _BELOW_ONE = 1 - 2.0**-53
@@ -92,9 +92,17 @@ def sample(
 
     Returns:
         Token ids [B] (int64), and their log-probabilities [B] (fp32) under the model itself: temperature 1, no cuts.
+
+    Raises:
+        ETSError: A row holds NaN or infinity, or gives no token any weight.
     """
     logits = logits.float()
     logprobs = logits.log_softmax(-1)
+    if bool(logprobs[:, 0].isnan().any()):  # one such number makes its whole row NaN
+        raise ETSError(
+            "the model's logits are not numbers: its activations outgrow its dtype, or its weights are broken; try "
+            "dtype='float32'"
+        )
     greedy = [row for row, one in enumerate(params) if one.temperature == 0]
     if len(greedy) == len(params):
         tokens = logits.argmax(-1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ets_engine.errors import ConfigError
+from ets_engine.errors import ConfigError, ETSError
 from ets_engine.runtime import SamplingParams, sample, uniforms
 
 
@@ -83,6 +83,15 @@ def test_extreme_draws_land_on_tokens_that_have_weight() -> None:
     tokens, logprobs = sample(logits, [SamplingParams()] * 2, np.array([2.0**-54, 1 - 2.0**-53]))
     assert tokens.tolist() == [3, 300]
     assert logprobs.tolist() == pytest.approx([math.log(0.5)] * 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [[math.nan], [math.inf], [-math.inf] * 300])
+def test_logits_that_are_no_numbers_are_named(wrong: list[float], temperature: float) -> None:
+    logits = torch.zeros(2, 300)
+    logits[1, : len(wrong)] = torch.tensor(wrong)
+    with pytest.raises(ETSError, match="dtype='float32'"):
+        sample(logits, [SamplingParams(temperature)] * 2, np.array([0.5, 0.5]))
 
 
 def test_rows_with_settings_of_their_own_do_not_touch_each_other() -> None:
