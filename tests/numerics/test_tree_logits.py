@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from ets_engine.attention.eager import attend_by_matmul
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.kv import LayoutBuilder
@@ -62,12 +63,39 @@ def test_random_trees_match_unshared_sequences(model_name: str, min_saved_tokens
         assert grow_and_compare(runner, model, seed) < MAX_ERROR
 
 
+def test_random_trees_match_by_the_attention_of_other_devices(model_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where torch has no kernel that returns the log-sum-exp, a GPU above all."""
+    monkeypatch.setattr("ets_engine.attention.eager.attend", attend_by_matmul)
+    runner = Runner(tiny_model(model_name), EngineConfig(page_tokens=4, prefill_chunk_tokens=16))
+    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=8)
+    assert grow_and_compare(runner, tiny_model(model_name), seed=3) < MAX_ERROR
+
+
 def test_fp64_leaves_only_rounding() -> None:
     """In fp64 (norms still run in fp32) a small systematic error cannot hide in the tolerance for fp32."""
     runner = Runner(tiny_model("llama_gqa_rope_scaled", torch.float64), EngineConfig(page_tokens=4))
     runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=0, bias_dtype=torch.float64)
     plain = tiny_model("llama_gqa_rope_scaled", torch.float64, attention="sdpa")  # eager has its softmax in fp32
     assert grow_and_compare(runner, plain, seed=5) < 1e-6
+
+
+def test_bfloat16_errs_little_more_than_plain_transformers_in_bfloat16() -> None:
+    """Against the same weights in fp32; the two round in other places, so neither is the better one everywhere."""
+    runner, plain = Runner(tiny_model("qwen2", torch.bfloat16)), tiny_model("qwen2", torch.bfloat16)
+    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=8)
+    exact = tiny_model("qwen2", torch.bfloat16).float()
+    tree, root, prompt = runner.tree, runner.tree.root(), [3 + i * 7 % 50 for i in range(40)]
+    runner.extend([(root, prompt)])
+    leaves = [tree.fork(root) for _ in range(8)]
+    rows = [[token, token + 1, token + 2] for token in range(20, 28)]
+    for step in range(3):
+        hidden = runner.extend([(leaf, [row[step]]) for leaf, row in zip(leaves, rows, strict=True)])
+    ours, theirs = [], []
+    for logits, row in zip(runner.logits(hidden).float(), rows, strict=True):
+        expected = plain_logits(exact, [*prompt, *row])[-1]
+        ours.append((logits - expected).abs().mean())
+        theirs.append((plain_logits(plain, [*prompt, *row])[-1].float() - expected).abs().mean())
+    assert sum(ours) <= 1.5 * sum(theirs)
 
 
 def test_a_prompt_in_chunks_equals_the_prompt_at_once() -> None:
