@@ -54,7 +54,7 @@ def reduce_scores(step_scores: Sequence[float], reduce: Reduce) -> float:
         case "prod":
             return math.prod(step_scores)
         case "mean":
-            return min(1.0, math.fsum(step_scores) / len(step_scores))
+            return math.fsum(step_scores) / len(step_scores)
 
 
 def trajectories(tree: SearchTree, reduce: Reduce) -> tuple[Trajectory, ...]:

@@ -1,5 +1,7 @@
 """Every selector on frontiers that a reader can check by hand, and what each refuses."""
 
+from dataclasses import FrozenInstanceError, fields, replace
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,15 @@ def test_the_root_gets_the_whole_width(selector):
 def test_no_width_no_children(selector, open_width):
     assert selector.select(flat([0.3, 0.9, 0.9]), open_width).shares == (0, 0, 0)
     assert selector.select(ROOT, open_width).shares == (0,)
+
+
+@pytest.mark.parametrize("selector", EVERY, ids=repr)
+def test_selectors_are_frozen_values(selector):
+    assert replace(selector) == selector
+    assert hash(replace(selector)) == hash(selector)
+    for field in fields(selector):
+        with pytest.raises(FrozenInstanceError):
+            setattr(selector, field.name, 1)
 
 
 @pytest.mark.parametrize("selector", EVERY, ids=repr)
@@ -116,6 +127,7 @@ def test_dora_divides_by_direction():
     # Two of three alike share 3 of 6 children: the better one gets the odd one, though noise alone tells them apart.
     alike = flat([0.5, 0.5000000000000001, 0.5], embeddings=[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, -1.5, 0.0]])
     assert Dora().select(alike, 6).shares == (1, 2, 3)
+    assert [verdict.reward for verdict in Dora().select(alike, 6).verdicts] == pytest.approx([0.25, 0.25, 0.5])
     with pytest.raises(ValueError, match="need embeddings"):
         Dora().select(Frontier((-1, 0, 0), (9, 5, 5), (1, 2), (0.5, 0.5), (0, 1), depth=1), 2)
 

@@ -173,3 +173,5 @@ def test_drop_idle_keeps_the_value():
     problem = five_leaves(0.0, 0.0)
     assert problem.objective(range(5)) == problem.objective(drop_idle(problem, range(5)))
     assert names(drop_idle(problem, range(5))) == "c1 c3 c4 c5"
+    twins = KeepProblem((-1, 0, 0), (1, 2), (0.0, 0.0), (0.0,) * 3, (0, 0), 1.0)
+    assert drop_idle(twins, (0, 1)) == (0,)  # of equals the earlier stays
