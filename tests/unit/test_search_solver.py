@@ -80,9 +80,21 @@ def test_root_only():
 
 
 def test_greedy_can_be_wrong_and_is_only_the_fallback(monkeypatch):
-    monkeypatch.setattr("ets_engine.search.solver.solve_reduced", lambda problem: None)
+    # Either branch costs more than the one cluster that a first leaf covers; c5 beside them earns exactly its price.
+    # Greedy takes c5 first and then finds no single leaf that pays for a branch.
+    problem = KeepProblem(
+        (-1, 0, 0, 1, 1, 2, 2, 0),
+        (3, 4, 5, 6, 7),
+        (0.0,) * 4 + (0.1,),
+        (0.0, 0.3, 0.28) + (0.0,) * 4 + (0.1,),
+        (0, 1, 0, 1, -1),
+        0.25,
+    )
+    assert (names(solve(problem)), names(solve_greedy(problem))) == ("c3 c4", "c5")
+    monkeypatch.setattr("ets_engine.search.solver._MAX_CELLS", 0)
+    assert names(solve(problem)) == "c3 c4"  # by HiGHS
     monkeypatch.setattr("ets_engine.search.solver.solve_milp", lambda problem: None)
-    assert names(solve(five_leaves(1.5, 1.0))) == "c1 c5"
+    assert names(solve(problem)) == "c5"
 
 
 def test_greedy_respects_count_and_capacity():
@@ -115,6 +127,14 @@ def test_own_prices_count_every_node_that_one_leaf_alone_holds():
     assert replace(problem, leaves=(6,)).own_prices() == [88.0]  # one leaf holds its whole path
 
 
+def test_a_count_and_a_capacity_bind_together():
+    # All take 10 units; in 8, c1 with two small ones beats c1 with c2, unless only two may stay.
+    problem = KeepProblem((-1, 0, 0, 0, 0), (1, 2, 3, 4), (0.6, 0.4, 0.3, 0.2), (0.0,) * 5, sizes=(0, 5, 3, 1, 1))
+    assert names(solve(replace(problem, capacity=9))) == "c1 c2 c3"
+    assert names(solve(replace(problem, capacity=8))) == "c1 c3 c4"
+    assert names(solve(replace(problem, capacity=8, max_kept=2))) == "c1 c2"
+
+
 def test_highs_respects_the_count():
     problem = KeepProblem(
         (-1, 0, 0, 0), (1, 2, 3), (0.5, 0.4, 0.3), (0.0,) * 4, clusters=(0, 1, 2), cluster_worth=0.1, max_kept=2
@@ -145,6 +165,13 @@ def test_capacity_by_hand():
     assert solve(problem) == solve_knapsack(problem) == solve_milp(problem) == (1, 2)  # 0.7 beats 0.6
     with pytest.raises(ValueError, match="no leaf fits the capacity of 5"):
         solve(KeepProblem((-1, 0, 0), (1, 2), (0.6, 0.4), (0.0,) * 3, sizes=(2, 9, 5), capacity=5))
+
+
+def test_what_cannot_be_asked_of_a_solver():
+    problem = KeepProblem((-1, 0, 0), (1, 2), (0.6, 0.4), (0.0,) * 3, sizes=(2, 9, 5), capacity=5)
+    assert solve_milp(problem) is None  # no leaf fits
+    with pytest.raises(ValueError, match="needs a capacity"):
+        solve_knapsack(replace(problem, capacity=None))
 
 
 def test_coarse_units_never_exceed_the_capacity():
