@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ SELECTORS: dict[str, Selector] = {
     "ets_kv": EtsKv(),
     "ets": Ets(),
     "ets_published": Ets(published=True, cluster_cut=0.05),
-    "ets_kv_budget": EtsKv(kv_budget_tokens=1),  # stands in for a budget made per tree, below
+    "ets_kv_budget": EtsKv(kv_budget_tokens=1),  # 1 stands in for a budget made per tree, below
+    "ets_budget": Ets(kv_budget_tokens=1),
 }
 
 
@@ -69,8 +71,8 @@ def measure(name: str, width: int, grown: list[tuple[SearchTree, Frontier]], rep
     kept: list[int] = []
     for tree, seen in grown:
         selector = SELECTORS[name]
-        if name == "ets_kv_budget":  # room for the whole width and half of the tree
-            selector = EtsKv(kv_budget_tokens=width * 256 + sum(seen.num_tokens) // 2)
+        if isinstance(selector, Ets) and selector.kv_budget_tokens:  # room for the whole width and a third of the tree
+            selector = replace(selector, kv_budget_tokens=width * 256 + sum(seen.num_tokens) // 3)
         for repeat in range(1 + repeats):
             started_cpu_s, started_s = time.process_time(), time.perf_counter()
             frontier = build_frontier(tree, tree.frontier, max_step_tokens=256, embeddings=seen.embeddings)
