@@ -41,7 +41,23 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `ets` command."""
+    _keep_native_chatter_off_stdout()
     app()
+
+
+def _keep_native_chatter_off_stdout() -> None:
+    """Write results to a duplicate of standard output; what C libraries print to the original is dropped.
+
+    HiGHS prints a debug line now and then that no option silences, and `--json` promises nothing but JSON.
+    """
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return  # nobody to protect: closed, or replaced by a caller in Python
+    sys.stdout.flush()
+    results, nowhere = os.dup(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    sys.stdout = open(results, "w", encoding=encoding, errors=errors, buffering=1 if os.isatty(results) else -1)  # noqa: SIM115
 
 
 def load_engine(model: str, verifier: str | None, config: EngineConfig) -> ETSEngine:
@@ -222,9 +238,7 @@ def _search(
 def _show(result: SearchResult, *, as_json: bool, tree: bool) -> None:
     """Print a result on standard output."""
     if as_json:
-        typer.echo(
-            result.model_dump_json().encode()
-        )  # bytes: UTF-8 whatever the terminal; a line, so that results make JSONL
+        typer.echo(result.model_dump_json().encode())  # one line makes JSONL; bytes are UTF-8 whatever the terminal
         return
     from rich.console import Console
 

@@ -344,6 +344,32 @@ def start():
         process.communicate()
 
 
+def test_json_is_pure_even_when_a_c_library_prints():
+    """HiGHS writes to descriptor 1 behind Python's back."""
+    code = """
+        import os, sys
+        from ets_engine import cli
+        from test_cli import FakeEngine
+
+        class Chatty(FakeEngine):
+            def search(self, *args, **options):
+                os.write(1, b"debug line of a C library\\n")
+                return super().search(*args, **options)
+
+        cli.load_engine = lambda *_: Chatty()
+        cli.main()
+    """
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), "solve", PROBLEM, "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=True,
+    )
+    assert json.loads(done.stdout)["problem"] == PROBLEM
+
+
 def read_until(descriptor, wanted, seen=b""):
     """Everything that comes from a terminal up to what is wanted, or to its end."""
     deadline_s = time.monotonic() + 30
