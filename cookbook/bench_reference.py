@@ -133,6 +133,7 @@ def summarise(rows: list[dict[str, Any]], method: Method) -> list[dict[str, Any]
                     for name in ("mean_kv", "peak_kv", "published_kv", "sharing", "generated", "gb_s")
                 },
                 "seconds": statistics.median(row["seconds"] for row in rows),
+                "right": "".join("01"[solved] for solved in right),  # per problem, for paired comparisons
             }
         )
     return found
