@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from ets_engine.errors import (
         ConfigError,
         ContextLengthError,
+        EngineClosedError,
+        EngineError,
         ETSError,
         ModelLoadError,
         PoolExhaustedError,
         ProtocolError,
+        QueueFullError,
         ReferenceDomainError,
         UnsupportedModelError,
     )
-    from ets_engine.service import ETSEngine
+    from ets_engine.service import ETSEngine, get_engine
     from ets_engine.types import SearchEvent, SearchResult
 
 __version__ = "0.1.0"
@@ -34,15 +37,19 @@ _HOME = {
     "ContextLengthError": "errors",
     "ETSEngine": "service",
     "ETSError": "errors",
+    "EngineClosedError": "errors",
     "EngineConfig": "config",
+    "EngineError": "errors",
     "ModelLoadError": "errors",
     "PoolExhaustedError": "errors",
     "ProtocolError": "errors",
+    "QueueFullError": "errors",
     "ReferenceDomainError": "errors",
     "SearchConfig": "config",
     "SearchEvent": "types",
     "SearchResult": "types",
     "UnsupportedModelError": "errors",
+    "get_engine": "service",
 }  # public name -> the module that defines it
 
 __all__ = [
@@ -50,16 +57,20 @@ __all__ = [
     "ContextLengthError",
     "ETSEngine",
     "ETSError",
+    "EngineClosedError",
     "EngineConfig",
+    "EngineError",
     "ModelLoadError",
     "PoolExhaustedError",
     "ProtocolError",
+    "QueueFullError",
     "ReferenceDomainError",
     "SearchConfig",
     "SearchEvent",
     "SearchResult",
     "UnsupportedModelError",
     "__version__",
+    "get_engine",
 ]
 
 

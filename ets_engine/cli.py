@@ -222,15 +222,10 @@ def _search(
     _quiet_libraries(is_terminal=errors.is_terminal)
     with _status(errors, "Loading the models"):
         engine = load_engine(model, verifier, EngineConfig(device=device))
-    with engine, LiveProgress(errors, width=effective_width(config)) as progress:
-
-        def should_stop() -> bool:
-            progress.stopping = interrupts.asked
-            return interrupts.asked
-
+    with engine, LiveProgress(errors, width=effective_width(config), is_stopping=interrupts.is_set) as progress:
         interrupts.searching = True
         try:
-            return engine.search(text, config, on_event=progress.update, should_stop=should_stop)
+            return engine.search(text, config, on_event=progress.update, cancel=interrupts)
         finally:
             interrupts.searching = False
 
@@ -299,6 +294,10 @@ class _Interrupts:
     def __exit__(self, *_: object) -> None:
         if self._owns_signals:
             signal.signal(signal.SIGINT, self._before)
+
+    def is_set(self) -> bool:
+        """Whether the search should stop and show the best so far."""
+        return self.asked
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self.asked or not self.searching:

@@ -76,6 +76,7 @@ class SearchConfig(Config):
         reduce: Step scores of a path to one trajectory score.
         vote: Trajectories to one answer.
         n_candidates: Most distinct answers returned.
+        deadline_s: Seconds from submission after which the best so far is returned, None = no deadline.
         trace: Return the whole tree.
     """
 
@@ -99,6 +100,7 @@ class SearchConfig(Config):
     reduce: Reduce = "last"
     vote: Vote = "weighted"
     n_candidates: int = Field(default=8, ge=1)
+    deadline_s: float | None = Field(default=None, gt=0.0)
     trace: bool = False
 
 
@@ -111,7 +113,10 @@ class EngineConfig(Config):
         page_tokens: Tokens per KV page.
         kv_pool_tokens: KV tokens preallocated per model; grows by doubling on the CPU until the limit,
             None = no limit but memory.
-        prefill_chunk_tokens: Most tokens of one prompt read per forward pass.
+        prefill_chunk_tokens: Most tokens of one prompt read per forward pass, and between two decode steps.
+        prefix_cache_tokens: Most tokens of read prompts kept per model, for later prompts that begin alike; they
+            make room as soon as a search needs it. 0 = none.
+        max_queued_searches: Most searches that wait for room in the KV pools; one more is refused.
         trust_remote_code: Whether a checkpoint may run code of its own.
     """
 
@@ -120,4 +125,6 @@ class EngineConfig(Config):
     page_tokens: int = Field(default=16, ge=1, le=1024)
     kv_pool_tokens: int | None = Field(default=None, ge=16)
     prefill_chunk_tokens: int = Field(default=2048, ge=1)
+    prefix_cache_tokens: int = Field(default=16384, ge=0)
+    max_queued_searches: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False

@@ -7,7 +7,10 @@
     ├── ReferenceDomainError   (also ValueError)    a problem outside what the shipped models were trained on
     ├── ContextLengthError     (also ValueError)    the prompt alone does not fit the model or the budget
     ├── PoolExhaustedError     (also MemoryError)   no free KV page is left
-    └── ProtocolError                               a policy, verifier, embedder or selector broke its contract
+    ├── ProtocolError                               a policy, verifier, embedder or selector broke its contract
+    └── EngineError                                 the engine cannot take or finish a search
+        ├── EngineClosedError                       it was closed, or lives in another process
+        └── QueueFullError                          too many searches wait already
 
 Each message names the offending value and the way out.
 """
@@ -43,3 +46,15 @@ class PoolExhaustedError(ETSError, MemoryError):
 
 class ProtocolError(ETSError):
     """A policy, verifier, embedder or selector returned what its protocol does not allow."""
+
+
+class EngineError(ETSError):
+    """An engine cannot take a search, or could not finish it through no fault of the caller's."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was closed, or this process is a fork of the one that it lives in."""
+
+
+class QueueFullError(EngineError):
+    """As many searches wait as `EngineConfig.max_queued_searches` allows; try again later."""

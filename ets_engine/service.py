@@ -1,52 +1,50 @@
-"""The engine: owns a policy and a verifier, runs searches on them, and turns trees into results."""
+"""The engine: owns a policy and a verifier, and answers problems from any thread or event loop by tree search."""
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
-from typing import Any, Literal
 
 from ets_engine.answers import MathView, ReferenceView
 from ets_engine.config import EngineConfig, SearchConfig
-from ets_engine.errors import ConfigError, ETSError, ModelLoadError
-from ets_engine.models import CallableVerifier, PolicyFormat, PrmFormat, PrmVerifier, StepScorer, TreePolicy
+from ets_engine.errors import ConfigError, EngineError, ModelLoadError
+from ets_engine.models import PolicyFormat, PrmFormat, StepScorer
 from ets_engine.protocols import Selector, StepView
 from ets_engine.reference import REFERENCE, check_domain, policy_path, prm_path
 from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, load_token_classifier
-from ets_engine.search import (
-    Expand,
-    Request,
-    SearchTree,
-    StopSearch,
-    Trajectory,
-    answer,
-    effective_width,
-    rank_answers,
-    search,
-    trajectories,
-)
-from ets_engine.types import KVStats, ScoredStep, SearchEvent, SearchResult, StopReason, Timing
+from ets_engine.search import SearchTree
+from ets_engine.serving import Cancel, Job, Models, OnEvent, Worker, in_callback
+from ets_engine.serving.result import build_result
+from ets_engine.types import SearchResult
 
-OnEvent = Callable[[SearchEvent], None]
-ShouldStop = Callable[[], bool]
+Key = tuple[str, str | None, EngineConfig]
+"""What an engine was loaded from: policy, verifier, settings."""
+
+_IN_FLIGHT = 256  # searches of one `search_many` that are submitted at a time
+
+_registry: weakref.WeakValueDictionary[Key, ETSEngine] = weakref.WeakValueDictionary()
+_registry_lock = threading.Lock()
 
 
 class ETSEngine:
     """A policy and a verifier, loaded once, that answer problems by tree search.
 
-    Searches from several threads take turns. Use `from_pretrained`, and `close` or a `with` block to give the memory
-    back.
+    Searches from any number of threads and event loops advance together, in the same forward passes. Use
+    `from_pretrained` or `get_engine`, and `close` or a `with` block to give the memory back. A deep copy is the engine
+    itself; a pickle holds the models' names, never their weights.
 
     Args:
-        policy: Runner of the policy.
+        policy: Runner of the policy; the engine alone uses it from now on.
         policy_format: Its prompt and step boundaries.
         verifier: Runner of the PRM and what it reads, None = every search brings a verifier of its own.
         view: How solution texts map to answers.
         read_problem: Gives a problem as the models know it, and raises for one that they do not know.
+        key: What `get_engine` makes it from again, None = it cannot be pickled.
+        max_queued_searches: As in `EngineConfig`.
 
     Example:
         >>> with ETSEngine.from_pretrained("reference") as engine:
@@ -63,16 +61,24 @@ class ETSEngine:
         *,
         view: StepView | None = None,
         read_problem: Callable[[str], str] | None = None,
+        key: Key | None = None,
+        max_queued_searches: int = 4096,
     ) -> None:
         """See the class."""
         self._format = policy_format
-        self._decoder: StepDecoder | None = StepDecoder(policy, policy_format.tokenizer)
-        self._verifier = verifier
         self._view: StepView = view or MathView()
         self._read_problem = read_problem
-        self._lock = threading.Lock()
-        self._thread: int | None = None  # whose turn it is
-        self._names = itertools.count()
+        self._key = key
+        self._has_verifier = verifier is not None
+        policy_bytes = policy.bytes_per_token
+        verifier_bytes = verifier[0].bytes_per_token if verifier else 0
+
+        def finish(job: Job, tree: SearchTree) -> SearchResult:
+            return build_result(job, tree, policy_bytes, verifier_bytes)
+
+        models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, verifier)
+        self._worker = Worker(models, finish, max_queued_searches)
+        weakref.finalize(self, self._worker.close, wait=False).atexit = False
 
     @classmethod
     def from_pretrained(
@@ -91,6 +97,7 @@ class ETSEngine:
             ConfigError: The shipped PRM is asked to judge another model, or a device is absent.
         """
         config = config or EngineConfig()
+        key = (model, verifier, config)
         own = model == REFERENCE
         if verifier is None and own:
             verifier = REFERENCE
@@ -115,7 +122,57 @@ class ETSEngine:
             judge,
             view=ReferenceView() if own else MathView(),
             read_problem=check_domain if own else None,
+            key=key,
+            max_queued_searches=config.max_queued_searches,
         )
+
+    def submit(
+        self,
+        problem: str,
+        config: SearchConfig | None = None,
+        *,
+        verifier: StepScorer | None = None,
+        selector: Selector | None = None,
+        view: StepView | None = None,
+        on_event: OnEvent | None = None,
+        cancel: Cancel | None = None,
+    ) -> Future[SearchResult]:
+        """Start a search and return at once; the same seed gives the same result, whatever else runs.
+
+        The verifier and `on_event` are called in a thread of this search's own, with the context variables of this
+        call; they may use the engine themselves.
+
+        Args:
+            problem: In plain text.
+            config: Strategy, width, limits, seed.
+            verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the engine's PRM.
+            selector: Decides which leaves live, instead of the one that `config.strategy` names; it runs in the
+                engine's thread and holds up everybody.
+            view: How solution texts map to answers, instead of the engine's own.
+            on_event: Called with the progress of every depth; when it is slow, some are left out. What it raises ends
+                this search.
+            cancel: A `threading.Event`, say; once set, the best so far is the result. A future that is cancelled
+                before its search was let in is never searched.
+
+        Returns:
+            The result to come. What `search` raises for models, settings and contracts, the future raises.
+
+        Raises:
+            ReferenceDomainError: The shipped models do not know this kind of problem.
+            ConfigError: There is no verifier.
+            EngineClosedError: The engine was closed, or belongs to another process.
+            QueueFullError: Too many searches wait already.
+        """
+        config = config or SearchConfig()
+        prompt = problem if self._read_problem is None else self._read_problem(problem)
+        if verifier is None and not self._has_verifier:
+            raise ConfigError("verifier=None: this engine has no PRM; pass search(..., verifier=function) or load one")
+        most = self._format.max_step_tokens
+        if most is not None and most < config.max_step_tokens:
+            config = config.model_copy(update={"max_step_tokens": most})
+        job = Job(problem, prompt, config, selector, verifier, view or self._view, on_event, cancel)
+        self._worker.submit(job)
+        return job.future
 
     def search(
         self,
@@ -124,76 +181,90 @@ class ETSEngine:
         *,
         verifier: StepScorer | None = None,
         selector: Selector | None = None,
+        view: StepView | None = None,
         on_event: OnEvent | None = None,
-        should_stop: ShouldStop | None = None,
+        cancel: Cancel | None = None,
     ) -> SearchResult:
-        """Answer one problem; the same seed gives the same result.
+        """Answer one problem: `submit`, and wait.
 
-        Args:
-            problem: In plain text.
-            config: Strategy, width, limits, seed.
-            verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the engine's PRM.
-            selector: Decides which leaves live, instead of the one that `config.strategy` names.
-            on_event: Called with the progress of every depth.
-            should_stop: Asked before every decode step; once it says True the best so far is returned.
+        An exception in this thread meanwhile, KeyboardInterrupt for instance, stops the search.
 
         Raises:
             ReferenceDomainError: The shipped models do not know this kind of problem.
             ContextLengthError: The prompt does not fit a model or the KV budget.
             ConfigError: Settings contradict each other, or there is no verifier.
             ProtocolError: The verifier function or the selector broke its contract.
+            EngineError: The engine was closed, is full, or failed.
         """
-        began_s = time.perf_counter()
-        self._open_decoder()
-        config = config or SearchConfig()
-        prompt = problem if self._read_problem is None else self._read_problem(problem)
-        if verifier is None and self._verifier is None:
-            raise ConfigError("verifier=None: this engine has no PRM; pass search(..., verifier=function) or load one")
-        most = self._format.max_step_tokens
-        if most is not None and most < config.max_step_tokens:
-            config = config.model_copy(update={"max_step_tokens": most})
-        with self._turn():
-            name = next(self._names)
-            policy = TreePolicy(self._open_decoder(), self._format, prompt, config, name)
-            judge: PrmVerifier | CallableVerifier
-            if verifier is not None:
-                judge = CallableVerifier(verifier, problem)
-            else:
-                assert self._verifier is not None
-                judge = PrmVerifier(*self._verifier, prompt, name)
-            try:
-                tree = _drive(search(config, selector, clock=time.perf_counter), policy, judge, on_event, should_stop)
-                strategy = config.strategy if selector is None else type(selector).__name__
-                return self._result(problem, config, strategy, tree, policy, judge, began_s)
-            finally:
-                policy.close()
-                judge.close()
+        stop = _Stop(cancel)
+        future = self.submit(
+            problem, config, verifier=verifier, selector=selector, view=view, on_event=on_event, cancel=stop
+        )
+        try:
+            return future.result()
+        finally:
+            stop.is_left = True
 
-    def close(self) -> None:
-        """Give the models' memory back, after the searches under way; later ones are refused."""
-        with self._turn():
-            self._decoder = self._verifier = None
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The models are this thread's alone.
+    async def asearch(
+        self,
+        problem: str,
+        config: SearchConfig | None = None,
+        *,
+        verifier: StepScorer | None = None,
+        selector: Selector | None = None,
+        view: StepView | None = None,
+        on_event: OnEvent | None = None,
+        cancel: Cancel | None = None,
+    ) -> SearchResult:
+        """`search` for an event loop, which is never blocked; a cancelled task stops its search.
 
         Raises:
-            ETSError: They are already: waiting would never end.
+            asyncio.CancelledError: The task was cancelled.
+            ETSError: As `search`.
         """
-        if self._thread == threading.get_ident():
-            raise ETSError("a callback of a running search used the same engine; do that after the search")
-        with self._lock:
-            self._thread = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._thread = None
+        stop = _Stop(cancel)
+        future = self.submit(
+            problem, config, verifier=verifier, selector=selector, view=view, on_event=on_event, cancel=stop
+        )
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            stop.is_left = True
 
-    def _open_decoder(self) -> StepDecoder:
-        if self._decoder is None:
-            raise ETSError("this engine was closed; make another with ETSEngine.from_pretrained")
-        return self._decoder
+    def search_many(
+        self, problems: Sequence[str], config: SearchConfig | None = None, *, verifier: StepScorer | None = None
+    ) -> list[SearchResult]:
+        """Answer many problems together.
+
+        Returns:
+            One result per problem, in order.
+
+        Raises:
+            ETSError: As `search`, for the first problem that could not be searched; the others were finished before.
+        """
+        pending: set[Future[SearchResult]] = set()
+        futures: list[Future[SearchResult]] = []
+        stop = _Stop(None)
+        try:
+            for problem in problems:
+                if len(pending) >= _IN_FLIGHT:
+                    pending = wait(pending, return_when=FIRST_COMPLETED).not_done
+                futures.append(self.submit(problem, config, verifier=verifier, cancel=stop))
+                pending.add(futures[-1])
+            wait(pending)
+        finally:
+            stop.is_left = True
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Give the models' memory back, after the searches submitted so far; later ones are refused.
+
+        Raises:
+            EngineError: Called from a callback of one of those searches: waiting would never end.
+        """
+        if in_callback() is self._worker:
+            raise EngineError("a callback of a running search closed its engine; do that after the search")
+        self._worker.close()
 
     def __enter__(self) -> ETSEngine:
         """Nothing to do."""
@@ -205,120 +276,58 @@ class ETSEngine:
         """Close."""
         self.close()
 
-    def _result(
-        self,
-        problem: str,
-        config: SearchConfig,
-        strategy: str,
-        tree: SearchTree,
-        policy: TreePolicy,
-        judge: PrmVerifier | CallableVerifier,
-        began_s: float,
-    ) -> SearchResult:
-        paths = trajectories(tree, config.reduce)
-        answers = [self._view.answer(problem, path.text) for path in paths]
-        candidates = rank_answers(paths, answers, self._view.same, config.vote)
-        steps = candidates[0].steps if candidates else _best_steps(tree, paths)
-        usage, judged = policy.usage, judge.usage if isinstance(judge, PrmVerifier) else None
-        return SearchResult(
-            problem=problem,
-            text="".join(step.text for step in steps),
-            answer=candidates[0].answer if candidates else None,
-            score=candidates[0].score if candidates else max((path.score for path in paths), default=0.0),
-            steps=steps,
-            candidates=candidates[: config.n_candidates],
-            finish_reason=_finish_reason(tree, bool(candidates)),
-            prompt_tokens=tree.prompt_tokens,
-            generated_tokens=usage.generated_tokens,
-            verifier_tokens=judged.tokens if judged else 0,
-            path_tokens=sum(step.num_tokens for step in steps),
-            trajectories=len(paths),
-            num_errors=len(tree.stopped_by(StopReason.ERROR)),
-            kv=KVStats(
-                peak_tokens=usage.peak_tokens,
-                mean_tokens=usage.mean_tokens,
-                bytes_per_token=self._open_decoder().runner.bytes_per_token,
-                unique_tokens=tree.unique_tokens,
-                path_tokens=tree.path_tokens,
-                published_tokens=tree.published_tokens,
-            ),
-            verifier_kv=KVStats(
-                peak_tokens=judged.peak_tokens,
-                mean_tokens=judged.mean_tokens,
-                bytes_per_token=self._verifier[0].bytes_per_token,
-                unique_tokens=judged.tokens,
-                path_tokens=judged.path_tokens,
-                published_tokens=None,
-            )
-            if judged and self._verifier
-            else None,
-            timing=Timing(
-                wall_s=time.perf_counter() - began_s,
-                policy_s=usage.busy_s,
-                verifier_s=judged.busy_s if judged else 0.0,
-                select_s=tree.select_s,
-                bytes_moved=usage.bytes_moved + (judged.bytes_moved if judged else 0),
-                decode_steps=usage.decode_steps,
-            ),
-            strategy=strategy,
-            width=effective_width(config),
-            seed=config.seed,
-            trace=tree.trace() if config.trace else None,
-        )
+    def __copy__(self) -> ETSEngine:
+        """The engine itself: there is one of the models."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ETSEngine:
+        """The engine itself: there is one of the models."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., ETSEngine], Key]:
+        """Pickle what it was loaded from; unpickling takes the process's engine of that name, or loads it.
+
+        Raises:
+            EngineError: It was not made by `from_pretrained`.
+        """
+        if self._key is None:
+            raise EngineError("only an engine from ETSEngine.from_pretrained or get_engine can be pickled: by name")
+        return get_engine, self._key
 
 
-def _drive(
-    searching: Generator[Request, Any, SearchTree],
-    policy: TreePolicy,
-    judge: PrmVerifier | CallableVerifier,
-    on_event: OnEvent | None,
-    should_stop: ShouldStop | None,
-) -> SearchTree:
-    """Run one search; unlike `ets_engine.search.run`, look at `should_stop` between decode steps too."""
-    is_wanted = is_thrown = False
+def get_engine(model: str = REFERENCE, verifier: str | None = None, config: EngineConfig | None = None) -> ETSEngine:
+    """The process's one engine of these models and settings, loaded when it is first asked for.
 
-    def stop() -> bool:
-        nonlocal is_wanted
-        is_wanted = is_wanted or (should_stop is not None and should_stop())
-        return is_wanted
+    Args:
+        model: As in `ETSEngine.from_pretrained`.
+        verifier: As there.
+        config: As there.
 
-    try:
-        request = next(searching)
-        while True:
-            if not is_thrown and stop():
-                is_thrown = True
-                request = searching.throw(StopSearch())
-            elif isinstance(request, Expand):
-                policy.submit(request.parents, request.children)
-                while (steps := policy.steps()) is None and not stop():
-                    policy.advance()
-                if steps is not None:
-                    request = searching.send(steps)
-            else:
-                request = searching.send(answer(request, policy, judge, policy, on_event))
-    except StopIteration as ended:
-        tree: SearchTree = ended.value
-        return tree
+    Raises:
+        ModelLoadError: A model cannot be loaded, or its architecture cannot be honoured.
+        ConfigError: The shipped PRM is asked to judge another model, or a device is absent.
+
+    Example:
+        >>> get_engine("reference") is get_engine("reference")
+        True
+    """
+    key = (model, verifier, config or EngineConfig())
+    with _registry_lock:
+        engine = _registry.get(key)
+        if engine is None or engine._worker.is_closed:
+            engine = _registry[key] = ETSEngine.from_pretrained(*key)
+        return engine
 
 
-def _best_steps(tree: SearchTree, paths: tuple[Trajectory, ...]) -> tuple[ScoredStep, ...]:
-    """Steps to show where there is no answer: the best trajectory's, else the best other path's."""
-    if paths:
-        return max(paths, key=lambda path: path.score).steps
-    leaf = max(tree.leaves, key=lambda node: (tree[node].step.stop is not StopReason.ERROR, tree[node].step_score))
-    nodes = tree.path(leaf)[1:]
-    return tuple(ScoredStep(text=n.step.text, score=n.step_score, num_tokens=n.step.num_tokens) for n in nodes)
+class _Stop:
+    """A caller's own `cancel`, and whether the caller is still there."""
 
+    def __init__(self, cancel: Cancel | None) -> None:
+        self._cancel = cancel
+        self.is_left = False
 
-def _finish_reason(tree: SearchTree, answered: bool) -> Literal["stop", "no_answer", "length", "cancelled", "error"]:
-    if tree.stopped:
-        return "cancelled"
-    if answered:
-        return "stop"
-    if tree.finished:
-        return "no_answer"
-    all_failed = not tree.frontier and not tree.stopped_by(StopReason.LENGTH)
-    return "error" if all_failed else "length"
+    def is_set(self) -> bool:
+        return self.is_left or (self._cancel is not None and self._cancel.is_set())
 
 
 def _eos_ids(*found: int | list[int] | None) -> frozenset[int]:

@@ -179,6 +179,9 @@ class TraceNode(Value):
     verdict: LeafVerdict | None = None
 
 
+FinishReason = Literal["stop", "no_answer", "length", "cancelled", "deadline", "error"]
+
+
 class SearchResult(Value):
     """What a search returns; plain JSON in and out.
 
@@ -190,9 +193,10 @@ class SearchResult(Value):
         steps: The winning trajectory, step by step.
         candidates: Distinct answers, best first, at most `n_candidates`.
         finish_reason: "stop" with an answer, "no_answer" when solutions finished and none gives a legible answer,
-            "length" when every branch ran out, "cancelled" when the caller stopped it (the best so far is returned),
-            "error" when every branch failed.
+            "length" when every branch ran out, "cancelled" when the caller stopped it and "deadline" when its time was
+            up (the best so far is returned), "error" when every branch failed.
         prompt_tokens, generated_tokens, verifier_tokens: Tokens (count); generated over the whole tree.
+        cached_prompt_tokens: Of the prompt's, those whose KV an earlier prompt had left (count).
         path_tokens: Tokens of the winning trajectory.
         trajectories: Finished trajectories with or without an answer (count).
         num_errors: Branches that failed (count).
@@ -208,8 +212,9 @@ class SearchResult(Value):
     score: float
     steps: tuple[ScoredStep, ...]
     candidates: tuple[Candidate, ...]
-    finish_reason: Literal["stop", "no_answer", "length", "cancelled", "error"]
+    finish_reason: FinishReason
     prompt_tokens: int
+    cached_prompt_tokens: int
     generated_tokens: int
     verifier_tokens: int
     path_tokens: int

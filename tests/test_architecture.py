@@ -2,7 +2,7 @@
 
     errors, types, config <- protocols <- search
     kv, attention (which do not know each other) <- runtime <- models
-    search, models, answers, reference <- service <- evaluation, cli, ets_integrations
+    search, models <- serving; serving, answers, reference <- service <- evaluation, cli, ets_integrations
 
 The checker takes any folder that holds the two packages, so each rule is also tried on a planted violation.
 """
@@ -37,7 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "symbolic": set(),
     "answers": BASE | {"protocols", "reference", "symbolic"},
     "models": BASE | {"protocols", "kv", "attention", "runtime", "reference", "answers"},
-    "service": BASE | {"protocols", "search", "kv", "attention", "runtime", "reference", "answers", "models"},
+    "serving": BASE | {"protocols", "search", "runtime", "models"},
+    "service": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "serving"},
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
     "terminal": BASE | {"protocols", "reference"},
     "cli": BASE | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal"},

@@ -2,6 +2,7 @@
 
 from ets_engine.kv.layout import LayoutBuilder, Row, Segment, TreeLayout
 from ets_engine.kv.pool import KVPool, LayerShape
+from ets_engine.kv.prefix_cache import PrefixCache
 from ets_engine.kv.prefix_tree import PrefixTree
 
-__all__ = ["KVPool", "LayerShape", "LayoutBuilder", "PrefixTree", "Row", "Segment", "TreeLayout"]
+__all__ = ["KVPool", "LayerShape", "LayoutBuilder", "PrefixCache", "PrefixTree", "Row", "Segment", "TreeLayout"]

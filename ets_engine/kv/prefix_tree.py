@@ -143,6 +143,37 @@ class PrefixTree:
         self._count(node, num_tokens - node.num_tokens)
         node.num_tokens = num_tokens
 
+    def split(self, handle: int, num_tokens: int, owner: Hashable = None) -> int:
+        """Put a node's first tokens into a node of their own above it; no K or V moves, all paths stay as they are.
+
+        Args:
+            handle: Goes on with the tokens after those, and keeps its children.
+            num_tokens: Whole pages, >= 1 page and at most what the node has.
+            owner: Whose the upper node's tokens are from now on, None = nobody's.
+
+        Returns:
+            The upper node, which the caller holds too.
+
+        Raises:
+            ValueError: `num_tokens` is no whole number of the node's pages.
+        """
+        node = self._node(handle)
+        num_pages = num_tokens // self.pool.page_tokens
+        if not num_pages or num_tokens % self.pool.page_tokens or num_tokens > node.num_tokens:
+            raise ValueError(
+                f"cannot split node {handle} after {num_tokens} of its {node.num_tokens} tokens: give a multiple of "
+                f"{self.pool.page_tokens} that it has"
+            )
+        above = _Node(node.parent, node.prefix_tokens, owner, num_children=1, num_tokens=num_tokens)
+        above.pages, node.pages = node.pages[:num_pages], node.pages[num_pages:]
+        above.slots, node.slots = node.slots[:num_tokens].copy(), node.slots[num_tokens:].copy()
+        self._count(node, -num_tokens)
+        self._count(above, num_tokens)
+        node.num_tokens -= num_tokens
+        node.prefix_tokens += num_tokens
+        node.parent = self._open(above)
+        return node.parent
+
     def release(self, handle: int) -> None:
         """Give up a handle; the pages of every node that nobody can reach any more are free at once.
 
@@ -196,6 +227,10 @@ class PrefixTree:
     def num_tokens(self, handle: int) -> int:
         """The node's own tokens (count)."""
         return self._node(handle).num_tokens
+
+    def num_children(self, handle: int) -> int:
+        """Live nodes right below (count)."""
+        return self._node(handle).num_children
 
     def prefix_tokens(self, handle: int) -> int:
         """Tokens on the path above the node (count)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,8 @@ from ets_engine.types import Step, StopReason
 class TreePolicy:
     """Proposes steps for one search; implements `Policy` and, with the states it reads anyway, `Embedder`.
 
-    `expand` decodes until all its steps are done. A driver that serves several searches, or wants to look up between
-    decode steps, calls `submit`, hands every `FinishedBranch` of this search to `take`, and asks `steps`.
+    `expand` decodes until all its steps are done. A driver that serves several searches calls `submit`, hands every
+    `FinishedBranch` of this search to `take`, and asks `steps`; it may `drop` the search's KV for a while.
 
     Args:
         decoder: Shared with the other searches of this model.
@@ -40,10 +40,12 @@ class TreePolicy:
         temperature = 0.0 if config.strategy == "greedy" else config.temperature
         self._sampling = SamplingParams(temperature, config.top_p, config.top_k, config.min_p)
         self._stops = StopRules(format.boundaries, format.eos_ids, config.max_step_tokens)
+        self._paths: dict[int, tuple[int, tuple[int, ...]]] = {}  # kept paths: node -> parent, ids
         self._leaves: dict[int, Leaf] = {}  # nodes whose KV is held
+        self._dropped: tuple[int, ...] = ()  # nodes whose KV was, until it was dropped
+        self._parents: dict[int, int] = {}  # of the children of the round under way
         self._states: dict[int, NDArray[np.float32]] = {}  # mean hidden state of each node of the last round
-        self._waiting: list[int] = []  # children of the round under way
-        self._steps: dict[int, Step] = {}  # the decoded ones among them
+        self._steps: dict[int, Step] = {}  # the decoded ones among those children
 
     def start(self) -> int:
         """Take the prompt as node 0; it is read together with the first step.
@@ -52,6 +54,7 @@ class TreePolicy:
             ContextLengthError: It leaves no room for a token.
         """
         self._leaves[0] = self._decoder.start(self._prompt_ids, self._search)
+        self._paths[0] = -1, tuple(self._prompt_ids)
         return len(self._prompt_ids)
 
     def expand(self, parents: Sequence[int], children: Sequence[int]) -> list[Step]:
@@ -63,19 +66,36 @@ class TreePolicy:
 
     def submit(self, parents: Sequence[int], children: Sequence[int]) -> None:
         """Queue one step per child, `children[i]` below `parents[i]`."""
-        self._waiting, self._steps, self._states = list(children), {}, {}
+        self._parents = dict(zip(children, parents, strict=True))
+        self._steps, self._states = {}, {}
+        self._queue(children)
+
+    @property
+    def unread_tokens(self) -> int:
+        """Tokens of the prompt that were not read yet (count)."""
+        return len(self._leaves[0].pending) if 0 in self._leaves else 0
+
+    def read_ahead(self, max_tokens: int) -> None:
+        """Read the next part of a long prompt, at most `max_tokens`.
+
+        Raises:
+            PoolExhaustedError: The KV pool is full; nothing has changed.
+        """
+        self._decoder.read_ahead(self._leaves[0], max_tokens)
+
+    def _queue(self, children: Iterable[int]) -> None:
         prompt_tokens = len(self._prompt_ids)
         self._decoder.submit(
             [
                 Branch(
-                    parent=(leaf := self._leaves[parent]),
+                    parent=(leaf := self._leaves[self._parents[child]]),
                     node=child,
                     seed=self._seed,
                     sampling=self._sampling,
                     stops=self._stops,
                     max_tokens=self._max_tokens - (leaf.path_tokens - prompt_tokens),
                 )
-                for parent, child in zip(parents, children, strict=True)
+                for child in children
             ]
         )
 
@@ -91,20 +111,21 @@ class TreePolicy:
         """Accept one decoded step."""
         child = finished.branch.node
         self._leaves[child] = finished.leaf
+        self._paths[child] = self._parents[child], finished.token_ids
         self._states[child] = finished.hidden_mean
         self._steps[child] = Step(finished.text, len(finished.token_ids), finished.stop)
 
     def fail(self, reason: str) -> None:
         """Give up the steps that are not decoded yet: they are errors from now on."""
         self._decoder.cancel(self._search)
-        for child in self._waiting:
+        for child in self._parents:
             self._steps.setdefault(child, Step("", 0, StopReason.ERROR, reason))
 
     def steps(self) -> list[Step] | None:
         """The steps of the round in the order of `submit`, None while some are being decoded."""
-        if len(self._steps) < len(self._waiting):
+        if len(self._steps) < len(self._parents):
             return None
-        return [self._steps[child] for child in self._waiting]
+        return [self._steps[child] for child in self._parents]
 
     def retain(self, leaves: Sequence[int]) -> None:
         """Free the KV of every path that leads to none of these nodes, at once."""
@@ -113,6 +134,56 @@ class TreePolicy:
             if node not in kept:
                 self._decoder.release(leaf)
         self._leaves = kept
+        self._paths = {node: self._paths[node] for node in self._ancestors(kept)}
+
+    def drop(self) -> None:
+        """Free all KV for now; steps that are not decoded yet begin anew after `restore`."""
+        self.usage.generated_tokens -= self._decoder.cancel(self._search)
+        self.usage.shared_tokens = 0
+        for leaf in self._leaves.values():
+            self._decoder.release(leaf)
+        self._dropped, self._leaves = tuple(self._leaves), {}
+
+    def restore(self) -> None:
+        """Compute dropped KV again, and queue the steps that were not decoded.
+
+        Raises:
+            PoolExhaustedError: The pool is full; all is dropped still.
+        """
+        closed = {node for node, step in self._steps.items() if step.stop is not StopReason.BOUNDARY}
+        open_nodes = set(self._dropped) - closed
+        built: dict[int, Leaf] = {}
+        try:
+            for node in sorted(self._ancestors(open_nodes)):  # a node's id is above its parent's
+                parent, ids = self._paths[node]
+                if parent >= 0:
+                    built[node] = self._decoder.follow(built[parent], ids)
+                else:
+                    counted = self.usage.prompt_tokens, self.usage.cached_prompt_tokens
+                    built[node] = self._decoder.start(ids, self._search)
+                    self.usage.prompt_tokens, self.usage.cached_prompt_tokens = counted
+        except PoolExhaustedError:
+            for leaf in built.values():
+                self._decoder.release(leaf)
+            raise
+        for node in built.keys() - open_nodes:
+            self._decoder.release(built.pop(node))
+        self._leaves, self._dropped = built, ()
+        self._queue(child for child in self._parents if child not in self._steps)
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens that `restore` would read (count)."""
+        return sum(len(self._paths[node][1]) for node in self._ancestors(self._dropped))
+
+    def _ancestors(self, nodes: Iterable[int]) -> set[int]:
+        """These nodes and all above them."""
+        found: set[int] = set()
+        for node in nodes:
+            while node >= 0 and node not in found:
+                found.add(node)
+                node = self._paths[node][0]
+        return found
 
     def embed(self, nodes: Sequence[int], texts: Sequence[str]) -> NDArray[np.float32]:
         """Mean of the policy's last hidden states over each step. Shape [L, hidden]."""

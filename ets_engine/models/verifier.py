@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.models.formats import PrmFormat
@@ -13,6 +12,8 @@ from ets_engine.runtime import Runner
 
 StepScorer = Callable[[str, Sequence[str]], float]
 """`scorer(problem, steps)`: how good the last of these steps is after the others, in [0, 1]."""
+
+SCORE_DIGITS = 5  # the same step read in another batch differs in the seventh; equal steps must stay equal
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class VerifierUsage:
 class PrmVerifier:
     """Scores steps with a token-classification PRM; every token is read once, ever.
 
+    A driver that serves several searches scores their steps in one batch with `score_together`.
+
     Args:
         runner: The PRM's, shared with other searches.
         format: What the PRM reads.
@@ -69,76 +72,164 @@ class PrmVerifier:
                 f"the verifier reads the problem as {len(self._root_ids)} tokens, its context has "
                 f"{runner.context_tokens}; shorten the problem or take a verifier with a longer context"
             )
-        self._handles: dict[int, int] = {}  # nodes whose KV is held
+        self._paths: dict[int, tuple[int, list[int]]] = {0: (-1, self._root_ids)}  # kept paths: node -> parent, ids
+        self._ends: set[int] = {0}  # nodes that steps may follow
+        self._handles: dict[int, int] = {}  # nodes whose KV is held: the ends, unless it was dropped
+        self._followed: set[int] = set()  # nodes that steps follow
+        self._shared_tokens = 0  # of the problem, whose KV is shared with other searches
         self.usage = VerifierUsage()
 
     def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
         """Probability that all is right up to each step; NaN where the context or the KV pool is too small for it."""
-        tree, stats = self._runner.tree, self._runner.stats
-        busy_s, moved_bytes = stats.busy_s, stats.bytes_moved
+        if not nodes:
+            return []
+        try:
+            return score_together([(self, nodes, parents, texts)])[0]
+        except PoolExhaustedError:
+            if len(nodes) == 1:
+                return [float("nan")]
+            half = len(nodes) // 2
+            parts = (slice(half), slice(half, None))
+            return [score for part in parts for score in self.score(nodes[part], parents[part], texts[part])]
+
+    def open(self) -> None:
+        """Read whatever the kept paths hold and the KV tree does not: the problem at first, all of it after `drop`.
+
+        Raises:
+            PoolExhaustedError: The pool is full; nothing has changed.
+        """
+        missing = self._ends - self._handles.keys()
+        if not missing:
+            return
+        tree, prefixes = self._runner.tree, self._runner.prefixes
+        opened: dict[int, int] = {}
+        try:
+            for node in sorted(self._ancestors(missing)):  # a node's id is above its parent's
+                parent, ids = self._paths[node]
+                if parent >= 0:
+                    opened[node] = tree.fork(opened[parent])
+                    self._runner.extend_last([(opened[node], ids)])
+                else:
+                    opened[node], known = prefixes.begin(ids, owner=self._search)
+                    self._runner.extend_last([(opened[node], ids[known:])])
+                    self._shared_tokens = prefixes.remember(ids, opened[node])
+        except PoolExhaustedError:
+            for handle in opened.values():
+                tree.release(handle)
+            raise
+        if not self.usage.tokens:
+            self.usage.tokens = self.usage.path_tokens = len(self._root_ids)
+        for node in opened.keys() - missing:
+            tree.release(opened.pop(node))
+        self._handles |= opened
+
+    def plan(
+        self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]
+    ) -> dict[int, tuple[int, list[int]]]:
+        """A new KV node and the ids to read for each step that fits the context."""
         rows: dict[int, tuple[int, list[int]]] = {}
-        if self._open_root():
-            for node, parent, text in zip(nodes, parents, texts, strict=True):
-                above, ids = self._handles[parent], self._format.step_ids(text)
-                if tree.path_tokens(above) + len(ids) <= self._runner.context_tokens:
-                    self._handles[node] = tree.fork(above)
-                    rows[node] = (self._handles[node], ids)
-        scores = self._read(rows)
-        self._count([rows[node] for node in scores])
-        for node in rows.keys() - scores.keys():
-            tree.release(self._handles.pop(node))
-        self.usage.busy_s += stats.busy_s - busy_s
-        self.usage.bytes_moved += stats.bytes_moved - moved_bytes
-        return [scores.get(node, float("nan")) for node in nodes]
+        for node, parent, text in zip(nodes, parents, texts, strict=True):
+            above, ids = self._handles[parent], self._format.step_ids(text)
+            if self._runner.tree.path_tokens(above) + len(ids) <= self._runner.context_tokens:
+                rows[node] = self._runner.tree.fork(above), ids
+                self._paths[node] = parent, ids
+        return rows
 
-    def _open_root(self) -> bool:
-        """Read the problem once; whether there was room for it."""
-        if self.usage.tokens:
-            return True
-        self._handles[0] = self._runner.tree.root(owner=self._search)
-        try:
-            self._runner.extend_last([(self._handles[0], self._root_ids)])
-        except PoolExhaustedError:
-            self._runner.tree.release(self._handles.pop(0))
-            return False
-        self.usage.tokens = self.usage.path_tokens = len(self._root_ids)
-        return True
-
-    def _read(self, rows: dict[int, tuple[int, list[int]]]) -> dict[int, float]:
-        """Score as many rows as the pool holds, in one batch if it can be."""
-        if not rows:
-            return {}
-        try:
-            hidden = self._runner.extend_last(list(rows.values()))  # [B, hidden]
-        except PoolExhaustedError:
-            if len(rows) == 1:
-                return {}
-            half = len(rows) // 2
-            return self._read(dict(islice(rows.items(), half))) | self._read(dict(islice(rows.items(), half, None)))
-        right = self._runner.logits(hidden).float().softmax(-1)[:, self._format.right]  # [B]
-        return dict(zip(rows, right.tolist(), strict=True))
-
-    def _count(self, rows: Sequence[tuple[int, list[int]]]) -> None:
+    def accept(self, rows: dict[int, tuple[int, list[int]]]) -> None:
+        """Keep steps that were read, and count them."""
         usage, tree = self.usage, self._runner.tree
-        extended = {tree.parent(handle) for handle, _ in rows}
-        usage.path_tokens += sum(tree.path_tokens(handle) for handle, _ in rows) - sum(map(tree.path_tokens, extended))
-        usage.tokens += sum(len(ids) for _, ids in rows)
-        resident = tree.resident_tokens_of(self._search)
+        self._handles |= {node: handle for node, (handle, _) in rows.items()}
+        self._ends |= rows.keys()
+        followed = {self._paths[node][0]: tree.parent(handle) for node, (handle, _) in rows.items()}
+        ended = sum(tree.path_tokens(handle) for node, handle in followed.items() if node not in self._followed)
+        usage.path_tokens += sum(tree.path_tokens(handle) for handle, _ in rows.values()) - ended
+        self._followed |= followed.keys()
+        usage.tokens += sum(len(ids) for _, ids in rows.values())
+        resident = tree.resident_tokens_of(self._search) + self._shared_tokens
         usage.peak_tokens = max(usage.peak_tokens, resident)
         usage.resident_token_rounds += resident
         usage.rounds += 1
 
     def retain(self, leaves: Sequence[int]) -> None:
         """Free the KV of every path that leads to none of these nodes, at once."""
-        kept = {leaf: self._handles[leaf] for leaf in leaves if leaf in self._handles}
-        for node, handle in self._handles.items():
-            if node not in kept:
-                self._runner.tree.release(handle)
-        self._handles = kept
+        kept = set(leaves) & self._ends
+        for node in self._handles.keys() - kept:
+            self._runner.tree.release(self._handles.pop(node))
+        self._ends = kept
+        self._paths = {node: self._paths[node] for node in self._ancestors(kept)}
+
+    def drop(self) -> None:
+        """Free all KV for now; it is computed again when it is needed."""
+        for handle in self._handles.values():
+            self._runner.tree.release(handle)
+        self._handles = {}
 
     def close(self) -> None:
         """Free everything this search holds."""
         self.retain(())
+
+    @property
+    def right(self) -> int:
+        """Index of the class that says that all is right so far."""
+        return self._format.right
+
+    @property
+    def runner(self) -> Runner:
+        """The PRM's, shared with other searches."""
+        return self._runner
+
+    def _ancestors(self, nodes: Iterable[int]) -> set[int]:
+        """These nodes and all above them."""
+        found: set[int] = set()
+        for node in nodes:
+            while node >= 0 and node not in found:
+                found.add(node)
+                node = self._paths[node][0]
+        return found
+
+
+ScoreRequest = tuple[PrmVerifier, Sequence[int], Sequence[int], Sequence[str]]
+"""A search's verifier; the new nodes, the node above each, the step of each."""
+
+
+def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
+    """Score steps of several searches with their one PRM, in one batch.
+
+    Returns:
+        Per request, the probability that all is right up to each step; NaN where the context is too small for it.
+
+    Raises:
+        PoolExhaustedError: The pool is full; nothing is scored, and nothing has changed.
+    """
+    runner = requests[0][0].runner
+    tree, stats = runner.tree, runner.stats
+    busy_s, moved_bytes = stats.busy_s, stats.bytes_moved
+    plans: list[dict[int, tuple[int, list[int]]]] = []
+    try:
+        for verifier, *_ in requests:
+            verifier.open()
+        plans += [verifier.plan(nodes, parents, texts) for verifier, nodes, parents, texts in requests]
+        rows = [row for plan in plans for row in plan.values()]
+        right = runner.logits(runner.extend_last(rows)).float().softmax(-1) if rows else None  # [B, classes]
+    except PoolExhaustedError:
+        for plan in plans:
+            for handle, _ in plan.values():
+                tree.release(handle)
+        raise
+    shares = [sum(len(ids) for _, ids in plan.values()) for plan in plans]
+    busy_s, moved_bytes = stats.busy_s - busy_s, stats.bytes_moved - moved_bytes
+    found: list[list[float]] = []
+    first = 0
+    for (verifier, nodes, *_), plan, share in zip(requests, plans, shares, strict=True):
+        verifier.accept(plan)
+        verifier.usage.busy_s += busy_s * share / max(1, sum(shares))
+        verifier.usage.bytes_moved += round(moved_bytes * share / max(1, sum(shares)))
+        chances = [] if right is None else right[first : first + len(plan), verifier.right].tolist()
+        chances = [round(chance, SCORE_DIGITS) for chance in chances]
+        first += len(plan)
+        scores = dict(zip(plan, chances, strict=True))
+        found.append([scores.get(node, float("nan")) for node in nodes])
+    return found
 
 
 class CallableVerifier:
@@ -183,6 +274,9 @@ class CallableVerifier:
     def retain(self, leaves: Sequence[int]) -> None:
         """Forget every other path."""
         self._paths = {leaf: self._paths[leaf] for leaf in leaves}
+
+    def drop(self) -> None:
+        """No KV is held."""
 
     def close(self) -> None:
         """Nothing is held."""

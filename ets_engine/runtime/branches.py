@@ -23,6 +23,7 @@ class Leaf:
         search: Whose it is.
         pending: Tokens at the end of the path whose K/V is not computed yet.
         hidden: Last hidden state of the path, None while tokens are pending. Shape [hidden].
+        prompt: Ids of a prompt that is to be remembered once it is read.
         recent: Last few tokens of the path, for decoding what follows.
         path_tokens: Tokens of the path, pending ones included (count).
     """
@@ -33,6 +34,7 @@ class Leaf:
     recent: tuple[int, ...]
     path_tokens: int
     hidden: torch.Tensor | None = None
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,8 @@ class DecodeUsage:
         decode_steps: Forward passes that extended a branch of it by a token.
         generated_tokens: Tokens sampled, end-of-text tokens included.
         prompt_tokens: Tokens of its prompts.
+        cached_prompt_tokens: Those of them that earlier prompts had left in the KV tree.
+        shared_tokens: Those whose KV it shares with other prompts; they count as resident for each.
         peak_tokens: Most KV tokens resident at any decode step or prefill.
         resident_token_steps: Resident KV tokens summed over decode steps.
         busy_s: Seconds in forward passes and sampling.
@@ -97,6 +101,8 @@ class DecodeUsage:
     decode_steps: int = 0
     generated_tokens: int = 0
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    shared_tokens: int = 0
     peak_tokens: int = 0
     resident_token_steps: int = 0
     busy_s: float = 0.0

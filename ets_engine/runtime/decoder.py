@@ -77,14 +77,52 @@ class StepDecoder:
                 "to answer; give 1 to context - 1 tokens"
             )
         tree = self.runner.tree
+        usage, ids, known = self.usage(search), tuple(prompt_ids), 0
+        usage.prompt_tokens += len(ids)
         if below is None:
-            handle = tree.root(owner=search)
+            handle, known = self.runner.prefixes.begin(ids, owner=search)
+            usage.cached_prompt_tokens += known
+            usage.shared_tokens += known
         else:
             self.open([below])
             handle = tree.fork(below.handle, owner=search)
-        self.usage(search).prompt_tokens += len(prompt_ids)
-        ids = tuple(prompt_ids)
-        return Leaf(handle, search, pending=ids, recent=ids[-CONTEXT_TOKENS:], path_tokens=total)
+        return Leaf(
+            handle,
+            search,
+            pending=ids[known:],
+            recent=ids[-CONTEXT_TOKENS:],
+            path_tokens=total,
+            prompt=() if below else ids,
+        )
+
+    def read_ahead(self, leaf: Leaf, max_tokens: int) -> None:
+        """Read the next part of a long prompt, at most `max_tokens`, and leave at least one token for `open`.
+
+        Raises:
+            PoolExhaustedError: the KV pool is full; nothing has changed.
+        """
+        count = min(max_tokens, len(leaf.pending) - 1)
+        if count > 0:
+            started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
+            self.runner.extend_last([(leaf.handle, leaf.pending[:count])])
+            leaf.pending = leaf.pending[count:]
+            self._charge([leaf.search], time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
+
+    def follow(self, leaf: Leaf, token_ids: Sequence[int]) -> Leaf:
+        """A leaf of the same search that goes on from another, which is opened, by known tokens.
+
+        Raises:
+            PoolExhaustedError: the KV pool is full; nothing has changed.
+        """
+        self.open([leaf])
+        ids = tuple(token_ids)
+        return Leaf(
+            self.runner.tree.fork(leaf.handle),
+            leaf.search,
+            pending=ids,
+            recent=(*leaf.recent, *ids)[-CONTEXT_TOKENS:],
+            path_tokens=leaf.path_tokens + len(ids),
+        )
 
     def open(self, leaves: Sequence[Leaf]) -> None:
         """Read the pending tokens of some leaves in one batch, so that children can fork from them.
@@ -99,6 +137,10 @@ class StepDecoder:
         hidden = self.runner.extend_last([(leaf.handle, leaf.pending) for leaf in unread])
         for leaf, state in zip(unread, hidden, strict=True):
             leaf.hidden, leaf.pending = state, ()
+            if leaf.prompt:
+                usage, above = self.usage(leaf.search), self.runner.tree.prefix_tokens(leaf.handle)
+                usage.shared_tokens += self.runner.prefixes.remember(leaf.prompt, leaf.handle) - above
+                leaf.prompt = ()
         searches = [leaf.search for leaf in unread]
         self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
         for search in set(searches):
@@ -119,14 +161,19 @@ class StepDecoder:
         """Queue steps; they join the next decode step. Hold their parents until then; afterwards their KV lives on."""
         self._waiting += branches
 
-    def cancel(self, search: Hashable) -> None:
-        """Forget every waiting and live branch of a search and free their KV; finished leaves stay the caller's."""
+    def cancel(self, search: Hashable) -> int:
+        """Forget every waiting and live branch of a search and free their KV; finished leaves stay the caller's.
+
+        Returns:
+            Tokens of theirs that were sampled in vain (count).
+        """
         self._waiting = [branch for branch in self._waiting if branch.parent.search != search]
-        keep = [row for row, live in enumerate(self._live) if live.branch.parent.search != search]
-        for live in self._live:
-            if live.branch.parent.search == search:
-                self.runner.tree.release(live.handle)
-        self._keep(keep)
+        gone = [live for live in self._live if live.branch.parent.search == search]
+        for live in gone:
+            self.runner.tree.release(live.handle)
+        if gone:
+            self._keep([row for row, live in enumerate(self._live) if live.branch.parent.search != search])
+        return sum(len(live.tokens) for live in gone)
 
     def run(self) -> list[FinishedBranch]:
         """Decode until nothing is waiting or live; finished steps in the order in which they were submitted."""
@@ -275,7 +322,7 @@ class StepDecoder:
             usage.bytes_moved += round(moved_bytes * share)
 
     def _sample_residency(self, search: Hashable) -> int:
-        resident = self.runner.tree.resident_tokens_of(search)
         usage = self.usage(search)
+        resident = self.runner.tree.resident_tokens_of(search) + usage.shared_tokens
         usage.peak_tokens = max(usage.peak_tokens, resident)
         return resident

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ets_engine.config import EngineConfig
-from ets_engine.errors import ContextLengthError, UnsupportedModelError
-from ets_engine.kv import KVPool, LayoutBuilder, PrefixTree, Row
+from ets_engine.errors import ContextLengthError, PoolExhaustedError, UnsupportedModelError
+from ets_engine.kv import KVPool, LayoutBuilder, PrefixCache, PrefixTree, Row
 from ets_engine.runtime.batching import Chunk, plan_forwards
 from ets_engine.runtime.hook import TreeForward
 from ets_engine.runtime.linear import speed_up_linears
@@ -94,6 +94,7 @@ class Runner:
             device=self.device,
         )
         self.tree = PrefixTree(pool)
+        self.prefixes = PrefixCache(self.tree, self.config.prefix_cache_tokens)
         bias_dtype = torch.promote_types(self.dtype, torch.float32)
         self._layouts = LayoutBuilder(self.tree, device=self.device, bias_dtype=bias_dtype)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
@@ -181,11 +182,21 @@ class Runner:
                         f"{path_tokens} + {len(tokens)} tokens do not fit the model's context of "
                         f"{self.context_tokens}; shorten the prompt or lower max_tokens"
                     )
-                tree.append(handle, len(tokens))
+                self._append_to(handle, len(tokens))
         except BaseException:
             self._rollback(rows, stored)
             raise
         return stored
+
+    def _append_to(self, handle: int, count: int) -> None:
+        """`PrefixTree.append`, at the cost of remembered prompts when the pool is full."""
+        while True:
+            try:
+                self.tree.append(handle, count)
+                return
+            except PoolExhaustedError:
+                if not self.prefixes.forget_one():
+                    raise
 
     def _rollback(self, rows: Rows, stored: Sequence[int]) -> None:
         for (handle, _), count in zip(rows, stored, strict=True):

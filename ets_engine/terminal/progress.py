@@ -80,17 +80,25 @@ class LiveProgress:
     Args:
         console: Where to draw.
         width: Trajectories that the search keeps alive.
+        is_stopping: Whether the caller asked it to stop.
         clock: Seconds as a number.
     """
 
-    def __init__(self, console: Console, *, width: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        width: int,
+        is_stopping: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """See the class."""
         self._width = width
         self._clock = clock
         self._started_s = clock()
         self._event: SearchEvent | None = None
         self._event_s = 0.0
-        self.stopping = False
+        self._is_stopping = is_stopping
         self._live = Live(
             self, console=console, transient=True, refresh_per_second=_FRAMES_PER_S, redirect_stdout=False
         )
@@ -117,7 +125,7 @@ class LiveProgress:
             elapsed_s=self._clock() - self._started_s,
             event_s=self._event_s,
             width=self._width,
-            stopping=self.stopping,
+            stopping=self._is_stopping(),
             ascii_only=options.ascii_only,
         )
 

@@ -35,9 +35,9 @@ def no_answer_reason(result: SearchResult) -> str:
     """Why a result has no answer, in half a sentence."""
     finished = plural(result.trajectories, "trajectory", "trajectories") + " finished"
     match result.finish_reason:
-        case "cancelled" if not result.trajectories:
+        case "cancelled" | "deadline" if not result.trajectories:
             return "stopped before any trajectory finished"
-        case "cancelled":
+        case "cancelled" | "deadline":
             return f"stopped early: {finished}, none with a legible answer"
         case "error":
             return f"every branch failed ({plural(result.num_errors, 'error')})"
@@ -85,7 +85,7 @@ def _answer(result: SearchResult, dot: str) -> RenderableType:
         support.append(f"{count(winner.votes)} of {plural(result.trajectories, 'trajectory', 'trajectories')}")
         support.append(f"weight {winner.weight:.2f}")
     lines.append(Text(f" {dot} ".join(support), "dim"))
-    if result.finish_reason == "cancelled":
+    if result.finish_reason in ("cancelled", "deadline"):
         lines.append(Text("stopped early: the best so far", "yellow"))
     return Group(*lines)
 

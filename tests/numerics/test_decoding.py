@@ -28,7 +28,8 @@ class Letters:
 
 
 def decoder_for(name: str, **settings: int) -> StepDecoder:
-    return StepDecoder(Runner(tiny_model(name), EngineConfig(page_tokens=4, **settings)), Letters())
+    config = EngineConfig(page_tokens=4, prefix_cache_tokens=0, **settings)
+    return StepDecoder(Runner(tiny_model(name), config), Letters())
 
 
 def branch(parent: Leaf, node: int, sampling: SamplingParams = PLAIN, **changes: int) -> Branch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ from ets_engine.config import EngineConfig, SearchConfig, Strategy
 from ets_engine.errors import (
     ConfigError,
     ContextLengthError,
+    EngineError,
     ETSError,
     ModelLoadError,
     ProtocolError,
@@ -26,13 +27,14 @@ from ets_engine.protocols import Frontier, Selection
 from ets_engine.runtime import Runner
 from ets_engine.search.selectors import Rebase
 from ets_engine.service import ETSEngine
+from ets_engine.serving import Models
 from ets_engine.types import SearchEvent, SearchResult, StopReason
 
 from .engines import save, save_policy, save_prm, tiny_prm
 
 PROBLEM = "what is 1+1?"
 PROMPT_TOKENS = 1 + len(PROBLEM) + 1
-PAGES = EngineConfig(device="cpu", page_tokens=4)
+PAGES = EngineConfig(device="cpu", page_tokens=4, prefix_cache_tokens=0)
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -58,17 +60,23 @@ def everything_but_time(result: SearchResult) -> dict[str, Any]:
     return result.model_dump(exclude={"timing"})
 
 
-def runners(engine: ETSEngine) -> list[Runner]:
-    assert engine._decoder is not None
-    return [engine._decoder.runner, *([engine._verifier[0]] if engine._verifier else [])]
+def models(engine: ETSEngine) -> Models:
+    assert engine._worker._scheduler is not None
+    return engine._worker._scheduler._models
+
+
+def runners(engine: ETSEngine) -> tuple[Runner, ...]:
+    return models(engine).runners
 
 
 def check_nothing_is_left(engine: ETSEngine) -> None:
-    assert engine._decoder is not None
     for runner in runners(engine):
         runner.tree.check_integrity()
+        runner.prefixes.check_integrity()
+        while runner.prefixes.forget_one():
+            pass
         assert (runner.tree.resident_tokens, runner.tree.resident_pages, len(runner.tree)) == (0, 0, 0)
-    assert (engine._decoder.num_branches, engine._decoder._usage) == (0, {})
+    assert (models(engine).decoder.num_branches, models(engine).decoder._usage) == (0, {})
 
 
 def half(problem: str, steps: Sequence[str]) -> float:
@@ -275,8 +283,7 @@ def test_a_small_pool_gives_errors_as_data(folders: tuple[str, str], pool_tokens
 def test_a_round_that_ran_out_of_memory_frees_what_it_decoded(folders: tuple[str, str]) -> None:
     """Pages of 4 in a pool of 32: the prompt takes 4 of 8, so that 5 branches cannot all have one."""
     small = ETSEngine.from_pretrained(*folders, EngineConfig(device="cpu", page_tokens=4, kv_pool_tokens=32))
-    assert small._decoder is not None
-    policy = TreePolicy(small._decoder, small._format, PROBLEM, settings(), "mine")
+    policy = TreePolicy(models(small).decoder, small._format, PROBLEM, settings(), "mine")
     assert policy.start() == PROMPT_TOKENS
     steps = policy.expand([0] * 5, range(1, 6))
     assert [step.stop for step in steps] == [StopReason.ERROR] * 5
@@ -302,7 +309,7 @@ class Countdown:
     def __init__(self, calls: int) -> None:
         self.left = calls
 
-    def __call__(self) -> bool:
+    def is_set(self) -> bool:
         self.left -= 1
         return self.left == 0
 
@@ -312,7 +319,7 @@ def test_stopping(engine: ETSEngine, calls: int) -> None:
     """Some of these stop before the first step, most in the middle of a round; one yes is enough."""
     whole = engine.search(PROBLEM, settings(trace=True))
     stop, events = Countdown(calls), list[SearchEvent]()
-    result = engine.search(PROBLEM, settings(trace=True), should_stop=stop, on_event=events.append)
+    result = engine.search(PROBLEM, settings(trace=True), cancel=stop, on_event=events.append)
     check_nothing_is_left(engine)
     assert result.finish_reason == "cancelled" and stop.left == 0, "nobody asked again"
     assert result.trace is not None and whole.trace is not None
@@ -332,14 +339,11 @@ def test_a_stop_after_something_finished_returns_the_best_of_it(engine: ETSEngin
     config = settings("best_of_n", width=24, max_steps=8, max_tokens=64, trace=True)
     whole = engine.search(PROBLEM, config)
     assert whole.trace is not None and whole.finish_reason == "stop"
-    finished = [0]
-
-    def on_event(event: SearchEvent) -> None:
-        finished[0] = event.finished
-
-    result = engine.search(PROBLEM, config, on_event=on_event, should_stop=lambda: finished[0] >= 2)
-    assert result.finish_reason == "cancelled" and 2 <= result.trajectories < whole.trajectories
-    assert result.answer is not None and result.score > 0
+    for calls in range(20, 80):
+        result = engine.search(PROBLEM, config, cancel=Countdown(calls))
+        if 2 <= result.trajectories < whole.trajectories:
+            break
+    assert result.finish_reason == "cancelled" and result.answer is not None and result.score > 0
 
 
 @pytest.mark.parametrize("kind", ["start", "step", "end"])
@@ -356,15 +360,16 @@ def test_a_raising_callback(engine: ETSEngine, kind: str) -> None:
 
 
 def test_a_raising_stop_callback_in_the_middle_of_a_round(engine: ETSEngine) -> None:
-    calls = itertools.count()
+    class Raising:
+        calls = itertools.count()
 
-    def should_stop() -> bool:
-        if next(calls) == 6:
-            raise KeyboardInterrupt
-        return False
+        def is_set(self) -> bool:
+            if next(self.calls) == 6:
+                raise ZeroDivisionError("mine")
+            return False
 
-    with pytest.raises(KeyboardInterrupt):
-        engine.search(PROBLEM, settings(), should_stop=should_stop)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        engine.search(PROBLEM, settings(), cancel=Raising())
     check_nothing_is_left(engine)
 
 
@@ -389,11 +394,13 @@ def test_a_score_out_of_range_breaks_the_contract(engine: ETSEngine) -> None:
 
 
 def test_callbacks_cannot_lock_the_engine_up(engine: ETSEngine) -> None:
-    uses: list[Callable[[], object]] = [lambda: engine.search(PROBLEM, settings()), engine.close]
-    for use in uses:
-        with pytest.raises(ETSError, match="callback"):
-            engine.search(PROBLEM, settings(), on_event=lambda event, use=use: use())
-        check_nothing_is_left(engine)
+    """They may search, one inside the other; they may not wait for the engine's end."""
+    inner: list[SearchResult] = []
+    engine.search(PROBLEM, settings(), on_event=lambda event: inner.append(engine.search(PROBLEM, settings())))
+    assert len(inner) > 2 and {result.finish_reason for result in inner} == {inner[0].finish_reason}
+    with pytest.raises(EngineError, match="callback"):
+        engine.search(PROBLEM, settings(), on_event=lambda event: engine.close())
+    check_nothing_is_left(engine)
 
 
 def test_two_threads_get_what_each_would_get_alone(engine: ETSEngine) -> None:

@@ -22,7 +22,7 @@ LETTERS = "abcdef 0123456789+-*/="
 
 
 def verifier_for(name: str = "llama", problem: str = PROBLEM, **settings: int) -> tuple[PrmVerifier, Runner]:
-    runner = Runner(tiny_prm(name), EngineConfig(page_tokens=4, **settings))
+    runner = Runner(tiny_prm(name), EngineConfig(page_tokens=4, prefix_cache_tokens=0, **settings))
     return PrmVerifier(runner, PrmFormat(tiny_tokenizer()), problem, search="a"), runner
 
 

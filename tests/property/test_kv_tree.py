@@ -1,4 +1,4 @@
-"""Any order of root, fork, append, truncate and release keeps the KV tree's books right."""
+"""Any order of root, fork, append, truncate, split and release keeps the KV tree's books right."""
 
 from __future__ import annotations
 
@@ -84,6 +84,22 @@ class KVTreeMachine(RuleBasedStateMachine):
         self.tree.truncate(leaf, keep)
         self.count[leaf] = keep
 
+    @precondition(lambda self: any(self.count[node] >= PAGE_TOKENS for node in self.alive()))
+    @rule(data=st.data())
+    def split(self, data: st.DataObject) -> None:
+        node = data.draw(st.sampled_from(sorted(n for n in self.alive() if self.count[n] >= PAGE_TOKENS)))
+        pages = data.draw(st.integers(1, self.count[node] // PAGE_TOKENS))
+        before = self.tree.slots(node).tolist()
+        upper = self.tree.split(node, pages * PAGE_TOKENS)
+        assert self.tree.slots(upper).tolist() + self.tree.slots(node).tolist() == before
+        self.parent[upper], self.parent[node] = self.parent[node], upper
+        self.count[upper] = pages * PAGE_TOKENS
+        self.count[node] -= pages * PAGE_TOKENS
+        self.held.add(upper)
+        if self.count[node]:
+            with pytest.raises(ValueError, match="multiple"):
+                self.tree.split(node, self.count[node] + PAGE_TOKENS)
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -99,7 +115,7 @@ class KVTreeMachine(RuleBasedStateMachine):
         alive = self.alive()
         assert {node for node in self.parent if node in self.tree} == alive
         assert self.tree.resident_tokens == sum(self.count[node] for node in alive)
-        assert self.tree.resident_tokens == sum(self.tree.resident_tokens_of(owner) for owner in "ab")
+        assert self.tree.resident_tokens == sum(self.tree.resident_tokens_of(owner) for owner in ("a", "b", None))
         assert self.tree.resident_pages == sum(-(-self.count[node] // PAGE_TOKENS) for node in alive)
         self.peak = max(self.peak, self.tree.resident_tokens)
         assert self.tree.peak_tokens == self.peak

@@ -50,12 +50,12 @@ class FakeEngine:
     def __exit__(self, *_):
         self.closed = True
 
-    def search(self, problem, config, *, on_event, should_stop):
+    def search(self, problem, config, *, on_event, cancel):
         if self.error is not None:
             raise self.error
         self.asked = (problem, config)
         policy, embedder = FakePolicy(seed=3), HashEmbedder()
-        tree = run(search(config), policy, TableVerifier(), embedder, on_event=on_event, should_stop=should_stop)
+        tree = run(search(config), policy, TableVerifier(), embedder, on_event=on_event, should_stop=cancel.is_set)
         best = max(trajectories(tree, "last"), key=lambda path: path.score)
         answer = best.text.split()[-1]
         fields = {
@@ -297,17 +297,17 @@ def test_help_is_light():
 # ---- Ctrl-C: a process of its own, and real signals
 
 SLOW_ENGINE = """
-    import sys, time
+    import sys, threading, time
     from ets_engine import cli
     from test_cli import FakeEngine
 
     class Slow(FakeEngine):
-        def search(self, problem, config, *, on_event, should_stop):
+        def search(self, problem, config, *, on_event, cancel):
             print("searching", file=sys.stderr, flush=True)
-            while not should_stop() or {stubborn}:
+            while not cancel.is_set() or {stubborn}:
                 time.sleep(0.01)
             print("stopping", file=sys.stderr, flush=True)
-            return super().search(problem, config, on_event=on_event, should_stop=None)
+            return super().search(problem, config, on_event=on_event, cancel=threading.Event())
 
     def load(*_):
         if {loading}:

@@ -1,0 +1,172 @@
+"""One submitted search: what the caller asked for, how far it is, and the thread that calls the caller back."""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from ets_engine.config import SearchConfig
+from ets_engine.models import CallableVerifier, PrmVerifier, StepScorer, TreePolicy
+from ets_engine.protocols import Selector, StepView
+from ets_engine.search import Request, Score, SearchTree
+from ets_engine.types import SearchEvent, SearchResult
+
+OnEvent = Callable[[SearchEvent], None]
+PENDING = object()
+MAX_EVENTS = 64  # undelivered; when a callback is slower than the search, events in between are left out
+_callback = threading.local()
+
+
+class Cancel(Protocol):
+    """What stops a search early, a `threading.Event` for instance."""
+
+    def is_set(self) -> bool:
+        """Whether the caller wants the best so far now; asked before every decode step, on the engine's thread."""
+        ...
+
+
+def in_callback() -> object:
+    """The engine thread's worker on whose behalf this thread runs a caller's function, None in any other thread."""
+    return getattr(_callback, "worker", None)
+
+
+@dataclass(eq=False)
+class Job:
+    """A search under way; the engine's thread alone changes it, apart from the two callbacks' own thread.
+
+    Attributes:
+        problem: As asked.
+        prompt: As the models know it.
+        config: Width, limits, seed.
+        selector: Of the caller's own, None = the one that `config` names.
+        verifier: Of the caller's own, None = the engine's PRM.
+        view: How texts map to answers.
+        on_event: Called with every depth's progress, in a thread of this job.
+        cancel: Once set, the best so far is the result.
+        future: Of the result.
+        began_s: When it was submitted (`time.perf_counter`).
+        context: The submitter's context variables; its functions run in it.
+        number: Submission order within the process; the youngest job has the largest.
+        ended_early: Why it is to end before it is through.
+        is_stopped: Whether the search was told.
+        is_read: Whether its prompt was read, but for a last part that goes along with its first steps.
+        searching, policy, judge: The search and its share of the models, once it was let in.
+        request: What the search waits for.
+        is_asked: Whether the policy or the caller's own verifier was asked for it already.
+        reply: What came back, `PENDING` until then.
+        error: What a callback raised.
+    """
+
+    problem: str
+    prompt: str
+    config: SearchConfig
+    selector: Selector | None
+    verifier: StepScorer | None
+    view: StepView
+    on_event: OnEvent | None
+    cancel: Cancel | None
+    future: Future[SearchResult] = field(default_factory=Future)
+    began_s: float = field(default_factory=time.perf_counter)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    number: int = field(default_factory=itertools.count().__next__)
+    ended_early: Literal["cancelled", "deadline"] | None = None
+    is_stopped: bool = False
+    is_read: bool = False
+    searching: Generator[Request, Any, SearchTree] | None = None
+    policy: TreePolicy | None = None
+    judge: PrmVerifier | CallableVerifier | None = None
+    request: Request | None = None
+    is_asked: bool = False
+    reply: object = PENDING
+    error: BaseException | None = None
+
+    @property
+    def is_judging(self) -> bool:
+        """Whether the caller's own verifier is at work."""
+        return isinstance(self.request, Score) and isinstance(self.judge, CallableVerifier) and self.reply is PENDING
+
+    def wants_to_stop(self) -> bool:
+        """Whether the caller or the deadline ends it now."""
+        if self.ended_early is None:
+            if self.cancel is not None and self.cancel.is_set():
+                self.ended_early = "cancelled"
+            elif self.config.deadline_s is not None and time.perf_counter() - self.began_s >= self.config.deadline_s:
+                self.ended_early = "deadline"
+        return self.ended_early is not None
+
+
+class Courier:
+    """Runs one job's callbacks in a thread of their own, so that nothing a caller does holds up the engine.
+
+    Args:
+        job: Whose callbacks they are.
+        worker: Whose thread must not be waited for by them; see `in_callback`.
+    """
+
+    def __init__(self, job: Job, worker: object) -> None:
+        """See the class."""
+        self._job = job
+        self._worker = worker
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._num_events = 0
+        self._thread: threading.Thread | None = None
+
+    def tell(self, event: SearchEvent) -> None:
+        """Deliver an event; "step" events are left out while too many wait."""
+        on_event = self._job.on_event
+        if on_event is None or (event.kind == "step" and self._num_events >= MAX_EVENTS):
+            return
+        self._num_events += 1
+
+        def deliver() -> None:
+            self._num_events -= 1
+            if self._job.error is None:
+                try:
+                    on_event(event)
+                except BaseException as error:
+                    self._job.error = error
+
+        self._run(deliver)
+
+    def judge(self, verifier: CallableVerifier, request: Score, done: Callable[[object], None]) -> None:
+        """Ask the caller's own verifier; `done` gets the scores, unless the verifier raised."""
+
+        def ask() -> None:
+            try:
+                done(verifier.score(request.nodes, request.parents, request.texts))
+            except BaseException as error:
+                self._job.error = error
+                done(PENDING)
+
+        self._run(ask)
+
+    def finish(self, outcome: SearchResult | BaseException) -> None:
+        """Complete the future, after all events were delivered; a callback's error comes before any outcome."""
+
+        def resolve() -> None:
+            final = self._job.error or outcome
+            if isinstance(final, BaseException):
+                self._job.future.set_exception(final)
+            else:
+                self._job.future.set_result(final)
+
+        self._run(resolve)
+        self._tasks.put(None)
+
+    def _run(self, task: Callable[[], object]) -> None:
+        self._tasks.put(task)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"ets-callbacks-{self._job.number}", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        _callback.worker = self._worker
+        while (task := self._tasks.get()) is not None:
+            self._job.context.run(task)

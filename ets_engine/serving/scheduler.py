@@ -1,0 +1,354 @@
+"""Advances all live searches together: one decode step and one scoring batch at a time; not thread-safe, no thread.
+
+Memory is handed out optimistically. When a KV pool is full, the youngest search gives up its KV and goes on later from
+the steps that it has; the oldest one always goes on, so every search ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from ets_engine.errors import PoolExhaustedError
+from ets_engine.models import (
+    CallableVerifier,
+    PolicyFormat,
+    PrmFormat,
+    PrmVerifier,
+    ScoreRequest,
+    TreePolicy,
+    score_together,
+)
+from ets_engine.runtime import Runner, StepDecoder
+from ets_engine.search import (
+    Expand,
+    Progress,
+    Request,
+    Score,
+    SearchTree,
+    StopSearch,
+    answer,
+    effective_width,
+    search,
+)
+from ets_engine.serving.job import PENDING, Courier, Job
+from ets_engine.types import SearchResult
+
+Finish = Callable[[Job, SearchTree], SearchResult]
+"""Turns a finished job into its result, while its models' usage can still be read."""
+
+STEP_TOKENS = 32  # a guess at a step's length, to decide how many searches are let in
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Models:
+    """What searches run on.
+
+    Attributes:
+        decoder: Of the policy.
+        format: The policy's prompt and step boundaries.
+        verifier: The PRM and what it reads, None = every search brings a verifier of its own.
+    """
+
+    decoder: StepDecoder
+    format: PolicyFormat
+    verifier: tuple[Runner, PrmFormat] | None
+
+    @property
+    def runners(self) -> tuple[Runner, ...]:
+        """Of the policy, and of the PRM where there is one."""
+        return (self.decoder.runner, *([self.verifier[0]] if self.verifier else []))
+
+
+class Scheduler:
+    """All searches of one pair of models.
+
+    Args:
+        models: What they run on; nothing else may use them.
+        finish: Called once per search that came to its end.
+        wake: Called from other threads when a caller's own verifier has answered; it must not block.
+        worker: Whoever calls `tick`, for `in_callback`.
+    """
+
+    def __init__(
+        self, models: Models, finish: Finish, wake: Callable[[], None] = lambda: None, worker: object = None
+    ) -> None:
+        """See the class."""
+        self._models = models
+        self._finish = finish
+        self._wake = wake
+        self._worker = worker
+        self._couriers: dict[Job, Courier] = {}
+        self._waiting: deque[Job] = deque()  # in submission order; dropped ones are older than those never let in
+        self._live: dict[int, Job] = {}  # by number, in the order of admission
+        self._may_read = True  # the next part of a long prompt, in this tick
+        self._parked: list[Job] = []  # without KV until their callers' verifiers have answered
+        self.num_dropped = 0  # times that a search gave up its KV for the others
+        self._judged: deque[tuple[Job, Request, object]] = deque()  # other threads append
+
+    # ------------------------------------------------------------------ jobs
+
+    @property
+    def num_jobs(self) -> int:
+        """Searches that have not ended (count)."""
+        return len(self._couriers)
+
+    @property
+    def num_waiting(self) -> int:
+        """Searches that wait for room (count)."""
+        return len(self._waiting)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether all there is to do is to wait for callers' own verifiers."""
+        return not self._judged and not self._waiting and all(job.is_judging for job in self._live.values())
+
+    def add(self, job: Job) -> None:
+        """Take a search; it is let in when there is room."""
+        self._couriers[job] = Courier(job, self._worker)
+        self._waiting.append(job)
+
+    def tick(self) -> None:
+        """Let searches in, bring each as far as it gets without the models, score what is new, decode one token."""
+        self._take_judged()
+        self._admit()
+        jobs = list(self._live.values())
+        self._may_read = True
+        while jobs:
+            for job in jobs:
+                if job.number in self._live:  # it has not given up its KV for another one meanwhile
+                    self._guard(job, self._advance)
+            jobs = self._score()
+        self._decode()
+
+    def abandon(self, error: BaseException) -> None:
+        """End every search with an error: the models cannot be trusted any more."""
+        for job in list(self._couriers):
+            self._end(job, error)
+
+    # ------------------------------------------------------------------ who may use the memory
+
+    def _admit(self) -> None:
+        for job in [*self._waiting, *self._parked]:
+            if job.error is not None or job.wants_to_stop():
+                self._guard(job, self._advance if job.searching is not None else self._begin)
+        while self._waiting:
+            job = self._waiting[0]
+            if not self._has_room(job):
+                if not all(live.is_judging for live in self._live.values()):
+                    return
+                self._drop(max(self._live))  # it may be waiting for this very search
+                continue
+            self._waiting.popleft()
+            if job.searching is not None:
+                if not self._restore(job):
+                    return
+            elif job.future.set_running_or_notify_cancel():
+                self._guard(job, self._begin)
+            else:
+                self._couriers.pop(job)
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether a search may come in beside the others: its paths and a step per branch, by a guess."""
+        if not self._live:
+            return True
+        wanted = effective_width(job.config) * min(STEP_TOKENS, job.config.max_step_tokens)
+        wanted += job.policy.dropped_tokens if job.policy else 0
+        pools = [runner.tree.pool for runner in self._models.runners]
+        return all(pool.free_pages_left is None or pool.free_pages_left * pool.page_tokens >= wanted for pool in pools)
+
+    def _make_room(self) -> bool:
+        """Take the KV of the search that can spare it best: one that waits for its caller, else the youngest."""
+        if len(self._live) < 2:
+            return False
+        self._drop(max(self._live, key=lambda number: (self._live[number].is_judging, number)))
+        return True
+
+    def _drop(self, number: int) -> None:
+        job = self._live.pop(number)
+        assert job.policy is not None and job.judge is not None
+        job.policy.drop()
+        job.judge.drop()
+        self.num_dropped += 1
+        if job.is_judging:
+            self._parked.append(job)
+        else:
+            self._requeue(job)
+
+    def _requeue(self, job: Job) -> None:
+        """Put a search that was in already among those that wait, by age."""
+        younger = (place for place, other in enumerate(self._waiting) if other.number > job.number)
+        self._waiting.insert(next(younger, len(self._waiting)), job)
+
+    def _restore(self, job: Job) -> bool:
+        """Let a search in again; False when there is no room for it yet."""
+        assert job.policy is not None
+        try:
+            job.policy.restore()
+        except PoolExhaustedError as error:
+            if self._live:
+                self._waiting.appendleft(job)
+                return False
+            job.policy.fail(str(error))
+        self._live[job.number] = job
+        return True
+
+    # ------------------------------------------------------------------ one search
+
+    def _begin(self, job: Job) -> None:
+        if job in self._waiting:
+            self._waiting.remove(job)  # it is to stop at once
+        self._live[job.number] = job
+        models = self._models
+        job.policy = TreePolicy(models.decoder, models.format, job.prompt, job.config, job.number)
+        if job.verifier is not None:
+            job.judge = CallableVerifier(job.verifier, job.problem)
+        else:
+            assert models.verifier is not None
+            job.judge = PrmVerifier(*models.verifier, job.prompt, job.number)
+        job.searching = search(job.config, job.selector, clock=time.perf_counter)
+        job.request = next(job.searching)
+        self._advance(job)
+
+    def _advance(self, job: Job) -> None:
+        """Answer a search's requests until one has to wait, or it ends."""
+        assert job.searching is not None
+        try:
+            while True:
+                if job.error is not None:
+                    raise job.error
+                if not job.is_stopped and job.wants_to_stop():
+                    job.is_stopped = True
+                    job.request = job.searching.throw(StopSearch())
+                elif (reply := self._reply(job)) is PENDING:
+                    return
+                else:
+                    job.request = job.searching.send(reply)
+                job.is_asked, job.reply = False, PENDING
+        except StopIteration as ended:
+            self._end(job, ended.value)
+
+    def _reply(self, job: Job) -> object:
+        """The answer to a search's request, `PENDING` when it is not there yet."""
+        assert job.policy is not None and job.judge is not None and job.request is not None
+        was_asked, job.is_asked = job.is_asked, True
+        match job.request:
+            case Expand() if not (job.is_read or self._read_ahead(job.policy)):
+                job.is_asked = False
+                return PENDING
+            case Expand(parents, children):
+                job.is_read = True
+                if not was_asked:
+                    job.policy.submit(parents, children)
+                steps = job.policy.steps()
+                return PENDING if steps is None else steps
+            case Score() as request:
+                if not was_asked and isinstance(job.judge, CallableVerifier):
+                    self._couriers[job].judge(job.judge, request, lambda found: self._hear(job, request, found))
+                return job.reply
+            case Progress(event):
+                return self._couriers[job].tell(event)
+            case request:
+                return answer(request, job.policy, job.judge, job.policy)
+
+    def _read_ahead(self, policy: TreePolicy) -> bool:
+        """Whether a search's prompt is read, but for what goes along with its first steps; one chunk per tick."""
+        chunk_tokens = self._models.decoder.runner.config.prefill_chunk_tokens
+        if policy.unread_tokens <= chunk_tokens:
+            return True
+        if self._may_read:
+            self._may_read = False
+            try:
+                policy.read_ahead(chunk_tokens)
+            except PoolExhaustedError:
+                return not self._make_room()  # alone and still no room: its first steps will say so
+        return False
+
+    def _hear(self, job: Job, request: Request, found: object) -> None:
+        """Called in a job's own thread: its caller's verifier has answered."""
+        self._judged.append((job, request, found))
+        self._wake()
+
+    def _take_judged(self) -> None:
+        while self._judged:
+            job, request, found = self._judged.popleft()
+            if job.request is not request:
+                continue  # it was stopped meanwhile
+            job.reply = found
+            if job in self._parked:
+                self._parked.remove(job)
+                self._requeue(job)
+
+    def _guard(self, job: Job, act: Callable[[Job], None]) -> None:
+        """Do something for one search; what goes wrong is its own."""
+        try:
+            act(job)
+        except Exception as error:
+            self._end(job, error)
+        except BaseException as error:  # a callback's, like KeyboardInterrupt
+            if error is not job.error:
+                raise
+            self._end(job, error)
+
+    def _end(self, job: Job, outcome: SearchTree | BaseException) -> None:
+        """Give back all that a search holds, and complete its future."""
+        found: SearchResult | BaseException
+        try:
+            found = self._finish(job, outcome) if isinstance(outcome, SearchTree) else outcome
+        except Exception as error:
+            found = error
+        for part in (job.policy, job.judge):
+            if part is not None:
+                part.close()
+        self._live.pop(job.number, None)
+        for others in (self._waiting, self._parked):
+            if job in others:
+                others.remove(job)
+        job.request = job.searching = None
+        self._couriers.pop(job).finish(found)
+
+    # ------------------------------------------------------------------ the models
+
+    def _score(self) -> list[Job]:
+        """Score the new steps of all searches that wait for it; those searches."""
+        while True:
+            scoring: list[Job] = []
+            requests: list[ScoreRequest] = []
+            for job in self._live.values():
+                if job.reply is PENDING and isinstance(job.request, Score) and isinstance(job.judge, PrmVerifier):
+                    scoring.append(job)
+                    requests.append((job.judge, job.request.nodes, job.request.parents, job.request.texts))
+            if not scoring:
+                return []
+            try:
+                found = score_together(requests)
+            except PoolExhaustedError:
+                if self._make_room():
+                    continue
+                ((judge, nodes, parents, texts),) = requests
+                found = [judge.score(nodes, parents, texts)]
+            for job, scores in zip(scoring, found, strict=True):
+                job.reply = scores
+            return scoring
+
+    def _decode(self) -> None:
+        """One token for every live branch."""
+        decoder = self._models.decoder
+        while decoder.num_branches:
+            try:
+                finished = decoder.step()
+            except PoolExhaustedError as error:
+                if self._make_room():
+                    continue
+                (job,) = self._live.values()
+                assert job.policy is not None
+                job.policy.fail(str(error))
+                return
+            for one in finished:
+                owner = self._live[cast(int, one.branch.parent.search)]
+                assert owner.policy is not None
+                owner.policy.take(one)
+            return

@@ -1,0 +1,113 @@
+"""The thread that owns the models: takes jobs from any thread and ticks the scheduler while there is work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+
+from ets_engine.errors import EngineClosedError, EngineError, QueueFullError
+from ets_engine.serving.job import Job
+from ets_engine.serving.scheduler import Finish, Models, Scheduler
+
+IDLE_S = 0.02  # how often cancellation and deadlines are looked at while only callers' verifiers are at work
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Worker:
+    """A scheduler in a thread of its own, which starts with the first job.
+
+    Args:
+        models: What searches run on; only this thread uses them from now on.
+        finish: Turns a finished job into its result, in this thread.
+        max_queued: Most jobs that wait for room.
+    """
+
+    def __init__(self, models: Models, finish: Finish, max_queued: int) -> None:
+        """See the class."""
+        self._scheduler: Scheduler | None = Scheduler(models, finish, self._wake, worker=self)
+        self._max_queued = max_queued
+        self._changed = threading.Condition()
+        self._inbox: deque[Job] = deque()
+        self._num_waiting = 0  # jobs that the scheduler has not let in
+        self._is_woken = False
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises:
+            EngineClosedError: The engine was closed, or this process is a fork of its own.
+            QueueFullError: Too many jobs wait.
+        """
+        if os.getpid() != self._pid:
+            raise EngineClosedError(
+                "this process was forked from the one that the engine lives in, and its thread stayed there; make "
+                "another engine here, or start processes by 'spawn'"
+            )
+        with self._changed:
+            if self._is_closing:
+                raise EngineClosedError("this engine was closed; make another with ETSEngine.from_pretrained")
+            if len(self._inbox) + self._num_waiting >= self._max_queued:
+                raise QueueFullError(
+                    f"{self._max_queued} searches wait already (EngineConfig.max_queued_searches); try again later"
+                )
+            self._inbox.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="ets-engine", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Take no more jobs, finish those there are, and give the models' memory back."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        if self._thread is None or os.getpid() != self._pid:
+            self._scheduler = None
+        elif wait:
+            self._thread.join()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether jobs are refused here."""
+        return self._is_closing or os.getpid() != self._pid
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._is_woken = True
+            self._changed.notify()
+
+    def _work(self) -> None:
+        scheduler = self._scheduler
+        assert scheduler is not None
+        while self._gather(scheduler):
+            try:
+                scheduler.tick()
+            except Exception as error:
+                _LOGGER.exception("a pass over all searches failed; they end")
+                failure = EngineError(f"the engine failed while this search ran: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                scheduler.abandon(failure)
+            self._num_waiting = scheduler.num_waiting
+        self._scheduler = None
+
+    def _gather(self, scheduler: Scheduler) -> bool:
+        """Wait for work and hand it over; False when there will be none."""
+        with self._changed:
+            while not self._inbox and not self._is_woken:
+                if not scheduler.num_jobs and self._is_closing:
+                    return False
+                if not scheduler.num_jobs:
+                    self._changed.wait()
+                elif not scheduler.is_blocked or not self._changed.wait(IDLE_S):
+                    break
+            self._is_woken = False
+            self._num_waiting += len(self._inbox)
+            while self._inbox:
+                scheduler.add(self._inbox.popleft())
+        return True
