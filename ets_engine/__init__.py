@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from ets_engine.service import ETSEngine, get_engine
-    from ets_engine.types import SearchEvent, SearchResult
+    from ets_engine.types import EngineStats, SearchEvent, SearchResult
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ _HOME = {
     "EngineClosedError": "errors",
     "EngineConfig": "config",
     "EngineError": "errors",
+    "EngineStats": "types",
     "ModelLoadError": "errors",
     "PoolExhaustedError": "errors",
     "ProtocolError": "errors",
@@ -60,6 +61,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "EngineError",
+    "EngineStats",
     "ModelLoadError",
     "PoolExhaustedError",
     "ProtocolError",

@@ -19,7 +19,7 @@ from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, load_token_c
 from ets_engine.search import SearchTree
 from ets_engine.serving import Cancel, Job, Models, OnEvent, Worker, in_callback
 from ets_engine.serving.result import build_result
-from ets_engine.types import SearchResult
+from ets_engine.types import EngineStats, SearchResult
 
 Key = tuple[str, str | None, EngineConfig]
 """What an engine was loaded from: policy, verifier, settings."""
@@ -159,11 +159,12 @@ class ETSEngine:
 
         Raises:
             ReferenceDomainError: The shipped models do not know this kind of problem.
-            ConfigError: There is no verifier.
+            ConfigError: The problem is no text, or there is no verifier.
             EngineClosedError: The engine was closed, or belongs to another process.
             QueueFullError: Too many searches wait already.
         """
         config = config or SearchConfig()
+        _check_text(problem)
         prompt = problem if self._read_problem is None else self._read_problem(problem)
         if verifier is None and not self._has_verifier:
             raise ConfigError("verifier=None: this engine has no PRM; pass search(..., verifier=function) or load one")
@@ -256,6 +257,14 @@ class ETSEngine:
             stop.is_left = True
         return [future.result() for future in futures]
 
+    def stats(self) -> EngineStats:
+        """What this engine has done so far, over all searches.
+
+        Raises:
+            EngineClosedError: It was closed.
+        """
+        return self._worker.stats()
+
     def close(self) -> None:
         """Give the models' memory back, after the searches submitted so far; later ones are refused.
 
@@ -317,6 +326,16 @@ def get_engine(model: str = REFERENCE, verifier: str | None = None, config: Engi
         if engine is None or engine._worker.is_closed:
             engine = _registry[key] = ETSEngine.from_pretrained(*key)
         return engine
+
+
+def _check_text(problem: object) -> None:
+    """Refuse what no tokenizer reads."""
+    if not isinstance(problem, str):
+        raise ConfigError(f"problem={problem!r:.100}: give a text")
+    try:
+        problem.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"problem={problem!r:.100} is no valid text: {error}") from None
 
 
 class _Stop:

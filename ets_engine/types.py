@@ -229,6 +229,32 @@ class SearchResult(Value):
     trace: tuple[TraceNode, ...] | None = None
 
 
+class EngineStats(Value):
+    """What an engine has done since it was made, and what it is doing.
+
+    Attributes:
+        policy_tokens, verifier_tokens: Tokens read by each model (count).
+        policy_forwards, verifier_forwards: Forward passes (count).
+        policy_s, verifier_s: Seconds in forward passes and heads.
+        prefix_tokens: Tokens of earlier prompts that are remembered, both models' (count).
+        kv_tokens: Tokens resident now, those included (count).
+        live, waiting: Searches with KV, and without (count).
+        preemptions: Times that a search gave up its KV for the others (count).
+    """
+
+    policy_tokens: int
+    verifier_tokens: int
+    policy_forwards: int
+    verifier_forwards: int
+    policy_s: float
+    verifier_s: float
+    prefix_tokens: int
+    kv_tokens: int
+    live: int
+    waiting: int
+    preemptions: int
+
+
 class SearchEvent(Value):
     """Progress of a running search, one per depth (kind "step") and one at each end.
 

@@ -35,7 +35,7 @@ from ets_engine.search import (
     search,
 )
 from ets_engine.serving.job import PENDING, Courier, Job
-from ets_engine.types import SearchResult
+from ets_engine.types import EngineStats, SearchResult
 
 Finish = Callable[[Job, SearchTree], SearchResult]
 """Turns a finished job into its result, while its models' usage can still be read."""
@@ -105,6 +105,24 @@ class Scheduler:
     def is_blocked(self) -> bool:
         """Whether all there is to do is to wait for callers' own verifiers."""
         return not self._judged and not self._waiting and all(job.is_judging for job in self._live.values())
+
+    def stats(self) -> EngineStats:
+        """What was done so far; from another thread, a picture that may be a moment old."""
+        runners = self._models.runners
+        done = [runner.stats for runner in runners]
+        return EngineStats(
+            policy_tokens=done[0].tokens,
+            verifier_tokens=sum(one.tokens for one in done[1:]),
+            policy_forwards=done[0].forwards,
+            verifier_forwards=sum(one.forwards for one in done[1:]),
+            policy_s=done[0].busy_s,
+            verifier_s=sum(one.busy_s for one in done[1:]),
+            prefix_tokens=sum(runner.prefixes.num_tokens for runner in runners),
+            kv_tokens=sum(runner.tree.resident_tokens for runner in runners),
+            live=len(self._live),
+            waiting=self.num_jobs - len(self._live),
+            preemptions=self.num_dropped,
+        )
 
     def add(self, job: Job) -> None:
         """Take a search; it is let in when there is room."""

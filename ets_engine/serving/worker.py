@@ -10,6 +10,7 @@ from collections import deque
 from ets_engine.errors import EngineClosedError, EngineError, QueueFullError
 from ets_engine.serving.job import Job
 from ets_engine.serving.scheduler import Finish, Models, Scheduler
+from ets_engine.types import EngineStats
 
 IDLE_S = 0.02  # how often cancellation and deadlines are looked at while only callers' verifiers are at work
 
@@ -71,6 +72,17 @@ class Worker:
             self._scheduler = None
         elif wait:
             self._thread.join()
+
+    def stats(self) -> EngineStats:
+        """What was done so far.
+
+        Raises:
+            EngineClosedError: The models are gone.
+        """
+        scheduler = self._scheduler
+        if scheduler is None:
+            raise EngineClosedError("this engine was closed; make another with ETSEngine.from_pretrained")
+        return scheduler.stats()
 
     @property
     def is_closed(self) -> bool:

@@ -14,6 +14,7 @@ COOKBOOK = Path(__file__).parents[2] / "cookbook"
 
 def run_recipe(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.syspath_prepend(str(COOKBOOK))  # as for a script that is run by its path
     runpy.run_path(str(COOKBOOK / name), run_name="__main__")
     return capsys.readouterr().out
 
@@ -42,6 +43,22 @@ def test_the_exact_checker_as_verifier_is_not_beaten_by_the_prm(
     assert len(counts) == 2
     assert counts[1] >= counts[0]
     assert counts[1] > 0
+
+
+def test_the_soak_loses_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--searches", "60", "--inputs", "300")
+    printed = run_recipe("soak.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    figures = dict(line.split(": ", 1) for line in printed.splitlines())
+    assert (figures["lost_futures"], figures["kv_tokens_owned_at_the_end"]) == ("0", "0")
+    assert figures["untyped_errors"] == "{}" and int(figures["preemptions"]) > 0
+
+
+def test_the_serving_bench_prints_its_ratios(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--searches", "3", "--widths", "4", "--peer-searches", "1", "--repeats", "1")
+    printed = run_recipe("bench_serving.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(r"width 4: [0-9.]+ x the searches per second of generate; 3 together [0-9.]+ x one", printed)
 
 
 def test_readme_of_the_cookbook_names_every_script() -> None:

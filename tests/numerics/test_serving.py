@@ -454,3 +454,17 @@ def test_a_forked_child_is_refused_at_once(engine: ETSEngine, tmp_path: Path) ->
             os._exit(0)
     os.waitpid(child, 0)
     assert "forked" in (tmp_path / "said").read_text()
+
+
+def test_stats_count_what_was_done(folders: tuple[str, str]) -> None:
+    engine = make(folders, prefix_cache_tokens=0)
+    results = engine.search_many(PROBLEMS[:3], settings())
+    settle(engine)
+    stats = engine.stats()
+    assert stats.verifier_tokens == sum(result.verifier_tokens for result in results)
+    assert 0 < stats.policy_tokens <= sum(result.prompt_tokens + result.generated_tokens for result in results)
+    assert (stats.live, stats.waiting, stats.preemptions, stats.kv_tokens) == (0, 0, 0, 0)
+    assert stats.policy_forwards > stats.verifier_forwards > 0 < stats.policy_s
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.stats()

@@ -1,0 +1,246 @@
+"""Searches per second on the shipped models: alone, together, and through `transformers.generate`.
+
+One run measures, interleaved: one search after another; the same searches submitted at once; and the same search driven
+through `generate`, which reads every path anew for each step, with a PRM that reads every solution from its beginning.
+Prints ratios and where the time goes, and appends a row to `results/bench_serving.jsonl`.
+
+    python cookbook/bench_serving.py                          # width 16, 32 searches, and width 64; minutes
+    python cookbook/bench_serving.py --searches 8 --widths 16 --repeats 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import transformers
+from bench_decode import commit, machine
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from ets_engine import ETSEngine, SearchConfig
+from ets_engine.models.formats import PrmFormat, begin_ids
+from ets_engine.reference.problems import draw
+from ets_engine.reference.shipped import policy_path, prm_path
+from ets_engine.search import search
+from ets_engine.search.drivers import run
+from ets_engine.types import EngineStats, SearchResult, Step, StopReason
+
+RESULTS = Path(__file__).parent / "results" / "bench_serving.jsonl"
+MAX_STEP_TOKENS = 48
+
+
+class GeneratePolicy:
+    """A policy without a KV tree: one `generate` call per depth, on whole paths."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, problem: str) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        self._paths: dict[int, list[int]] = {0: begin_ids(tokenizer, problem)}
+        self._states: dict[int, NDArray[np.float32]] = {}
+
+    def start(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._paths[0])
+
+    @torch.inference_mode()
+    def expand(self, parents: Sequence[int], children: Sequence[int]) -> list[Step]:
+        """One step per child."""
+        tokenizer, eos = self._tokenizer, self._tokenizer.eos_token_id
+        longest = max(len(self._paths[parent]) for parent in parents)
+        padding = [longest - len(self._paths[parent]) for parent in parents]
+        ids = torch.tensor(
+            [[tokenizer.pad_token_id] * pad + self._paths[one] for pad, one in zip(padding, parents, strict=True)]
+        )
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        output = self._model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=MAX_STEP_TOKENS,
+            eos_token_id=[self._newline, eos],
+            pad_token_id=tokenizer.pad_token_id,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        last = torch.stack([step[-1][:, -1] for step in output.hidden_states], dim=1)  # [B, new, hidden]
+        steps = []
+        for row, (parent, child) in enumerate(zip(parents, children, strict=True)):
+            new = [token for token in output.sequences[row, longest:].tolist() if token != tokenizer.pad_token_id]
+            ended = bool(new) and new[-1] == eos
+            new = new[:-1] if ended else new
+            stop = StopReason.FINISHED if ended else StopReason.BOUNDARY
+            stop = stop if ended or (new and new[-1] == self._newline) else StopReason.LENGTH
+            self._paths[child] = self._paths[parent] + new
+            self._states[child] = last[row, : max(1, len(new))].mean(0).float().numpy()
+            steps.append(Step(tokenizer.decode(new), len(new), stop))
+        return steps
+
+    def retain(self, leaves: Sequence[int]) -> None:
+        """Nothing is kept between calls but token ids."""
+
+    def embed(self, nodes: Sequence[int], texts: Sequence[str]) -> NDArray[np.float32]:
+        """Mean hidden state of each step."""
+        return np.stack([self._states[node] for node in nodes])
+
+
+class RereadingVerifier:
+    """A PRM without a KV tree: it reads every solution from its beginning."""
+
+    def __init__(self, model: torch.nn.Module, format: PrmFormat, problem: str) -> None:
+        self._model, self._format = model, format
+        self._paths: dict[int, list[int]] = {0: format.root_ids(problem)}
+        self.tokens = 0
+
+    @torch.inference_mode()
+    def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
+        """Probability that all is right up to each step."""
+        for node, parent, text in zip(nodes, parents, texts, strict=True):
+            self._paths[node] = self._paths[parent] + self._format.step_ids(text)
+        lengths = [len(self._paths[node]) for node in nodes]
+        self.tokens += sum(lengths)
+        pad = self._format.tokenizer.pad_token_id
+        ids = torch.tensor([self._paths[n] + [pad] * (max(lengths) - len(self._paths[n])) for n in nodes])
+        mask = torch.tensor([[1] * length + [0] * (max(lengths) - length) for length in lengths])
+        logits = self._model(input_ids=ids, attention_mask=mask).logits
+        ends = torch.tensor(lengths) - 1
+        return logits[torch.arange(len(nodes)), ends].softmax(-1)[:, self._format.right].tolist()
+
+    def retain(self, leaves: Sequence[int]) -> None:
+        """Nothing is kept between calls but token ids."""
+
+
+def peer() -> Callable[[str, SearchConfig], int]:
+    """Search by `generate`; returns the tokens that the PRM read."""
+    policy = AutoModelForCausalLM.from_pretrained(policy_path(), dtype=torch.float32).eval()
+    prm = AutoModelForTokenClassification.from_pretrained(prm_path(), dtype=torch.float32).eval()
+    tokenizer, prm_format = (
+        AutoTokenizer.from_pretrained(policy_path()),
+        PrmFormat(AutoTokenizer.from_pretrained(prm_path())),
+    )
+
+    def search_once(problem: str, config: SearchConfig) -> int:
+        torch.manual_seed(config.seed)
+        own = GeneratePolicy(policy, tokenizer, problem)
+        verifier = RereadingVerifier(prm, prm_format, problem)
+        run(search(config), own, verifier, own)
+        return verifier.tokens
+
+    return search_once
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall_s, time.process_time() - cpu_s
+
+
+def model_seconds(before: EngineStats, after: EngineStats) -> float:
+    """Seconds in forward passes and heads between two readings."""
+    return after.policy_s + after.verifier_s - before.policy_s - before.verifier_s
+
+
+def bench(engine: ETSEngine, problems: list[str], width: int, peer_problems: int, repeats: int) -> dict[str, object]:
+    """One width: alone, together, by generate; interleaved."""
+    by_generate = peer()
+    alone: list[tuple[float, float]] = []
+    together: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
+    outside: list[float] = []
+    results: list[SearchResult] = []
+    prm_tokens = reread = 0
+    for repeat in range(repeats):
+        config = SearchConfig(width=width, seed=repeat, max_step_tokens=MAX_STEP_TOKENS, trace=True)
+        before = engine.stats()
+        wall_s, cpu_s = timed(lambda config=config: results.extend(engine.search(one, config) for one in problems))
+        alone.append((wall_s, cpu_s))
+        outside.append(1 - model_seconds(before, engine.stats()) / wall_s)
+        together.append(timed(lambda config=config: engine.search_many(problems, config)))
+        theirs.append(timed(lambda config=config: [by_generate(one, config) for one in problems[:peer_problems]]))
+    for result in results:
+        assert result.trace is not None
+        to_node = {-1: 0}
+        for node in result.trace:
+            to_node[node.id] = to_node[node.parent] + node.num_tokens
+        reread += sum(to_node[n.id] for n in result.trace[1:] if n.stop in (StopReason.BOUNDARY, StopReason.FINISHED))
+        prm_tokens += result.verifier_tokens
+    produced = sum(result.generated_tokens + result.prompt_tokens for result in results)
+    per_search = [seconds / len(problems) for seconds, _ in alone]
+    peer_per_search = [seconds / peer_problems for seconds, _ in theirs]
+    return {
+        "width": width,
+        "searches": len(problems),
+        "alone_s": [round(one, 4) for one in per_search],
+        "together_s": [round(one / len(problems), 4) for one, _ in together],
+        "generate_s": [round(one, 4) for one in peer_per_search],
+        "speedup_over_generate": round(statistics.median(peer_per_search) / statistics.median(per_search), 2),
+        "speedup_together": round(
+            statistics.median(one for one, _ in alone) / statistics.median(one for one, _ in together), 2
+        ),
+        "cpu_speedup_together": round(
+            statistics.median(one for _, one in alone) / statistics.median(one for _, one in together), 2
+        ),
+        "outside_models": round(statistics.median(outside), 3),
+        "prm_tokens_per_token": round(prm_tokens / produced, 3),
+        "reread_tokens_per_token": round(reread / produced, 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
+    """Run the benchmark, print it, and return the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--searches", type=int, default=32)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--peer-searches", type=int, default=4, help="by generate, which is slow")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    rng = Random(f"serving/{options.seed}")
+    problems = [draw(rng, "countdown", 4 + i % 3, held_out=True)[0].problem for i in range(options.searches)]
+    rows = []
+    with ETSEngine.from_pretrained("reference") as engine:
+        engine.search_many(problems[:4], SearchConfig(width=4))
+        for width in options.widths:
+            row = bench(engine, problems, width, min(options.peer_searches, len(problems)), options.repeats)
+            row |= {
+                "bench": "serving",
+                **machine("cpu"),
+                "threads": torch.get_num_threads(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "commit": commit(),
+                "seed": options.seed,
+            }
+            rows.append(row)
+            print(
+                f"width {width}: {row['speedup_over_generate']} x the searches per second of generate; "
+                f"{options.searches} together {row['speedup_together']} x one at a time "
+                f"({row['cpu_speedup_together']} x by CPU seconds); {row['outside_models']:.0%} of a search is outside "
+                f"the models; the PRM reads {row['prm_tokens_per_token']} tokens per token, from scratch "
+                f"{row['reread_tokens_per_token']}",
+                flush=True,
+            )
+            print(json.dumps(row), flush=True)
+            if options.repeats > 1:
+                RESULTS.parent.mkdir(exist_ok=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
