@@ -1,7 +1,9 @@
-"""Decode many branches of one prompt: our tree cache against `generate(num_return_sequences=...)`.
+"""Decode many branches of one prompt: our tree cache against `generate(num_return_sequences=...)` and a union mask.
 
-Both use the same random-weight Llama, the same prompt, temperature 1 and exactly the same number of tokens; both times
-include reading the prompt. Prints a table, then one JSON line, and appends that line to `results/bench_decode.jsonl`.
+The union mask is the simple way to share a prefix: all branches are one sequence over one cache that holds every token
+once, and a mask lets each see its own. All use the same random-weight Llama, the same prompt, temperature 1 and exactly
+the same number of tokens; all times include reading the prompt. Prints a table, then one JSON line, and appends that
+line to `results/bench_decode.jsonl`.
 
     python cookbook/bench_decode.py                      # 188M parameters, bf16, 64 branches x 64 tokens; minutes
     python cookbook/bench_decode.py --dtype float32
@@ -152,6 +154,29 @@ def run_generate(model: LlamaForCausalLM, prompt: list[int], work: Workload) -> 
     return sum(tensor.numel() * tensor.element_size() for tensor in cached)
 
 
+@torch.inference_mode()
+def run_union(model: LlamaForCausalLM, prompt: list[int], work: Workload) -> int:
+    """Bytes of the cache's tensors at the end of one run with a union mask."""
+    device, branches = model.device, work.branches
+    cache = transformers.DynamicCache(config=model.config)
+    hidden = model.model(torch.tensor([prompt], device=device), past_key_values=cache).last_hidden_state[0, -1:]
+    hidden = hidden.expand(branches, -1)
+    lowest = torch.finfo(model.dtype).min
+    own = torch.full((branches, branches), lowest, dtype=model.dtype, device=device).fill_diagonal_(0.0)
+    mask = torch.zeros((branches, len(prompt)), dtype=model.dtype, device=device)
+    for step in range(work.new_tokens):
+        tokens = torch.multinomial(model.lm_head(hidden).float().softmax(-1), 1)[:, 0]  # [B]
+        if step + 1 == work.new_tokens:
+            break  # the last token is not read, as in `generate` and in ours
+        mask = torch.cat([mask, own], dim=1)  # [B, U]
+        positions = torch.full((1, branches), len(prompt) + step, device=device)
+        hidden = model.model(
+            tokens[None], attention_mask=mask[None, None], position_ids=positions, past_key_values=cache
+        ).last_hidden_state[0]
+    cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in cached)
+
+
 def timed(run: Callable[[], int]) -> tuple[float, float, int]:
     """Wall seconds, CPU seconds and what the run returns."""
     started_s, cpu_s = time.perf_counter(), time.process_time()
@@ -161,24 +186,26 @@ def timed(run: Callable[[], int]) -> tuple[float, float, int]:
 
 def bench(
     work: Workload, dtype: torch.dtype, device: str, repeats: tuple[int, int], seed: int
-) -> tuple[Measurement, Measurement]:
-    """Interleaved runs of both sides after a short warm-up, so that a busy machine hurts both alike."""
+) -> tuple[Measurement, Measurement, Measurement]:
+    """Interleaved runs of all sides after a short warm-up, so that a busy machine hurts all alike."""
     runner = Runner(build_model(work, dtype, device, seed), EngineConfig())
     plain = build_model(work, dtype, device, seed)
     prompt = torch.randint(1, work.vocabulary, (work.prompt_tokens,)).tolist()
     short = replace(work, prompt_tokens=8, new_tokens=2)
     run_ours(runner, prompt[:8], short, seed)
     run_generate(plain, prompt[:8], short)
-    runs: tuple[list[tuple[float, float, int]], ...] = [], []
+    run_union(plain, prompt[:8], short)
+    runs: tuple[list[tuple[float, float, int]], ...] = [], [], []
     for repeat in range(max(repeats)):
         if repeat < repeats[0]:
             runs[0].append(timed(lambda seed=seed + repeat: run_ours(runner, prompt, work, seed)))
+            runs[2].append(timed(lambda: run_union(plain, prompt, work)))
         if repeat < repeats[1]:
             runs[1].append(timed(lambda: run_generate(plain, prompt, work)))
-    ours, theirs = (
+    ours, theirs, union = (
         Measurement(seconds, cpu, max(peaks)) for seconds, cpu, peaks in (zip(*one, strict=True) for one in runs)
     )
-    return ours, theirs
+    return ours, theirs, union
 
 
 def machine(device: str) -> dict[str, object]:
@@ -208,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--branches", type=int, help="instead of the shape's own")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 for the large shape")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of ours")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of ours and of the union mask")
     parser.add_argument("--generate-repeats", type=int, default=1, help="runs of generate, which takes minutes")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
@@ -219,9 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     work = replace(work, branches=options.branches or work.branches)
     dtype = options.dtype or ("bfloat16" if options.shape == "large" else "float32")
     repeats = options.repeats, options.generate_repeats
-    ours, theirs = bench(work, getattr(torch, dtype), options.device, repeats, options.seed)
+    ours, theirs, union = bench(work, getattr(torch, dtype), options.device, repeats, options.seed)
     tokens = work.branches * work.new_tokens
     speed = ours.tokens_per_s(tokens), theirs.tokens_per_s(tokens)
+    union_speed = union.tokens_per_s(tokens)
     row: dict[str, object] = {
         "bench": "decode",
         "shape": options.shape,
@@ -231,6 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
         "generate_tokens_per_s": round(speed[1], 1),
         "speedup": round(speed[0] / speed[1], 2),
         "cpu_speedup": round(statistics.median(theirs.cpu_seconds) / statistics.median(ours.cpu_seconds), 2),
+        "union_tokens_per_s": round(union_speed, 1),
+        "speedup_over_union": round(speed[0] / union_speed, 2),
+        "cpu_speedup_over_union": round(statistics.median(union.cpu_seconds) / statistics.median(ours.cpu_seconds), 2),
+        "union_seconds": [round(second, 3) for second in union.seconds],
         "ours_peak_kv_bytes": ours.peak_kv_bytes,
         "generate_peak_kv_bytes": theirs.peak_kv_bytes,
         "kv_ratio": round(theirs.peak_kv_bytes / ours.peak_kv_bytes, 2),
@@ -247,11 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
         "seed": options.seed,
     }
     print(f"{'':12}{'tokens/s':>12}{'median s':>12}{'spread s':>18}{'CPU s':>12}{'peak KV MB':>14}")
-    for name, one in (("tree cache", ours), ("generate", theirs)):
+    for name, one in (("tree cache", ours), ("union mask", union), ("generate", theirs)):
         median, cpu = statistics.median(one.seconds), statistics.median(one.cpu_seconds)
         spread = f"{min(one.seconds):.2f}..{max(one.seconds):.2f}"
         print(f"{name:12}{tokens / median:12.1f}{median:12.2f}{spread:>18}{cpu:12.2f}{one.peak_kv_bytes / 1e6:14.1f}")
-    print(f"{'ratio':12}{row['speedup']:11.2f}x{'':30}{row['cpu_speedup']:11.2f}x{row['kv_ratio']:13.2f}x")
+    print(f"{'/ generate':12}{row['speedup']:11.2f}x{'':30}{row['cpu_speedup']:11.2f}x{row['kv_ratio']:13.2f}x")
+    print(f"{'/ union':12}{row['speedup_over_union']:11.2f}x{'':30}{row['cpu_speedup_over_union']:11.2f}x")
     print(json.dumps(row))
     if options.shape != "toy":
         RESULTS.parent.mkdir(exist_ok=True)

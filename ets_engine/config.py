@@ -111,8 +111,9 @@ class EngineConfig(Config):
         device: "auto" takes CUDA when it is there.
         dtype: "auto" is float32 on a CPU, bfloat16 on CUDA.
         page_tokens: Tokens per KV page.
-        kv_pool_tokens: KV tokens preallocated per model; grows by doubling on the CPU until the limit,
-            None = no limit but memory.
+        kv_pool_tokens: Most KV tokens per model, None = what fits into `kv_memory_fraction`. The pool begins small
+            and doubles.
+        kv_memory_fraction: Of the memory that is free at load, what each model's KV may take.
         prefill_chunk_tokens: Most tokens of one prompt read per forward pass, and between two decode steps.
         prefix_cache_tokens: Most tokens of read prompts kept per model, for later prompts that begin alike; they
             make room as soon as a search needs it. 0 = none.
@@ -124,6 +125,7 @@ class EngineConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     page_tokens: int = Field(default=16, ge=1, le=1024)
     kv_pool_tokens: int | None = Field(default=None, ge=16)
+    kv_memory_fraction: float = Field(default=0.4, gt=0.0, le=1.0)
     prefill_chunk_tokens: int = Field(default=2048, ge=1)
     prefix_cache_tokens: int = Field(default=16384, ge=0)
     max_queued_searches: int = Field(default=4096, ge=1)

@@ -75,6 +75,11 @@ class TreePolicy:
         """Tokens of the prompt that were not read yet (count)."""
         return len(self._leaves[0].pending) if 0 in self._leaves else 0
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt (count)."""
+        return len(self._prompt_ids)
+
     def read_ahead(self, max_tokens: int) -> None:
         """Read the next part of a long prompt, at most `max_tokens`.
 

@@ -169,6 +169,11 @@ class PrmVerifier:
         self.retain(())
 
     @property
+    def root_tokens(self) -> int:
+        """Tokens of the problem as the PRM reads it (count)."""
+        return len(self._root_ids)
+
+    @property
     def right(self) -> int:
         """Index of the class that says that all is right so far."""
         return self._format.right

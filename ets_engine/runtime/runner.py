@@ -5,6 +5,7 @@ Policy and verifier are the same thing here: a decoder-only base model over a KV
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,10 +87,12 @@ class Runner:
         self.hidden_size = text_config(model).hidden_size
         self.context_tokens = context_tokens(model.config)
         speed_up_linears(model)
+        shapes = probe_shapes(model)
+        token_bytes = sum(2 * one.kv_heads * one.head_dim for one in shapes) * self.dtype.itemsize
         pool = KVPool(
-            probe_shapes(model),
+            shapes,
             page_tokens=self.config.page_tokens,
-            max_tokens=self.config.kv_pool_tokens,
+            max_tokens=self.config.kv_pool_tokens or _tokens_that_fit(self.device, token_bytes, self.config),
             dtype=self.dtype,
             device=self.device,
         )
@@ -124,7 +127,7 @@ class Runner:
         Raises:
             ValueError: no rows, a row without tokens, or a node named twice.
             ContextLengthError: a path would outgrow the model's context; nothing has changed.
-            PoolExhaustedError: the KV pool is full; nothing has changed.
+            PoolExhaustedError: the KV pool is full, or the device has no memory left; nothing has changed.
         """
         return self._extend(rows, last_only=False)
 
@@ -159,6 +162,12 @@ class Runner:
                         begin = ends[row] - sizes[row]
                         hidden[begin + start : begin + stop] = states[first : first + stop - start]
                         first += stop - start
+        except torch.OutOfMemoryError as error:
+            self._rollback(rows, stored)
+            raise PoolExhaustedError(
+                f"{self.device} ran out of memory in a pass over {len(rows)} rows; lower kv_memory_fraction, set "
+                "kv_pool_tokens, or search with less width"
+            ) from error
         except BaseException:
             self._rollback(rows, stored)
             raise
@@ -258,6 +267,18 @@ class Runner:
         own = [torch.stack([step[i] for step in steps]) for i in range(len(branches))]
         sequences = [torch.cat([*shared, part]) for part in own]
         return [self.logits(sequence) if self._head is not None else sequence for sequence in sequences]
+
+
+def _tokens_that_fit(device: torch.device, token_bytes: int, config: EngineConfig) -> int | None:
+    """KV tokens that the free memory's share holds, at least a page; None where nobody knows what is free."""
+    if device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+    else:
+        try:
+            free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+    return max(config.page_tokens, int(free_bytes * config.kv_memory_fraction) // token_bytes)
 
 
 def _head(model: PreTrainedModel) -> torch.nn.Module | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from ets_engine.errors import PoolExhaustedError
+from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.models import (
     CallableVerifier,
     PolicyFormat,
@@ -227,9 +227,29 @@ class Scheduler:
         else:
             assert models.verifier is not None
             job.judge = PrmVerifier(*models.verifier, job.prompt, job.number)
+        self._check_fit(job)
         job.searching = search(job.config, job.selector, clock=time.perf_counter)
         job.request = next(job.searching)
         self._advance(job)
+
+    def _check_fit(self, job: Job) -> None:
+        """Refuse a search that has no room even when it is alone.
+
+        Raises:
+            ContextLengthError: Naming what its prompt and one branch take.
+        """
+        assert job.policy is not None
+        lengths = [job.policy.prompt_tokens]
+        if isinstance(job.judge, PrmVerifier):
+            lengths.append(job.judge.root_tokens)
+        for length, runner in zip(lengths, self._models.runners, strict=False):
+            pool = runner.tree.pool
+            needed = -(-length // pool.page_tokens) + 1
+            if pool.max_pages is not None and needed > pool.max_pages:
+                raise ContextLengthError(
+                    f"the prompt of {length} tokens and one branch take {needed * pool.page_tokens} tokens of KV, and "
+                    f"the pool has {pool.max_pages * pool.page_tokens}; raise kv_pool_tokens or kv_memory_fraction"
+                )
 
     def _advance(self, job: Job) -> None:
         """Answer a search's requests until one has to wait, or it ends."""

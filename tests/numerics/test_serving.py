@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from ets_engine.config import EngineConfig, SearchConfig, Strategy
 from ets_engine.errors import EngineClosedError, EngineError, ETSError, QueueFullError
@@ -262,6 +263,28 @@ def test_a_long_prompt_is_read_between_the_decode_steps_of_others(
     settle(engine)
     engine.close()
     whole.close()
+
+
+def test_a_device_out_of_memory_is_a_full_pool(engine: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [(problem, settings(seed=seed)) for seed, problem in enumerate(PROBLEMS)]
+    alone = [Essence(engine.search(*job)) for job in jobs]
+    forward, before = Runner._forward, engine.stats().preemptions
+
+    def large_ones_fail(self: Runner, rows: Any, stored: Any, chunks: Any) -> Any:
+        if len(chunks) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, rows, stored, chunks)
+
+    monkeypatch.setattr(Runner, "_forward", large_ones_fail)
+    futures = [engine.submit(*job) for job in jobs]
+    assert [Essence(future.result(timeout=30)) for future in futures] == alone
+    assert engine.stats().preemptions > before
+
+
+def test_the_pool_takes_its_share_of_free_memory(folders: tuple[str, str]) -> None:
+    small, large = make(folders, kv_memory_fraction=0.01), make(folders, kv_memory_fraction=0.2)
+    pools = [scheduler(one)._models.decoder.runner.tree.pool.max_pages for one in (small, large)]
+    assert pools[0] and pools[1] and 10 < pools[1] / pools[0] < 30
 
 
 # ---------------------------------------------------------------------- control
