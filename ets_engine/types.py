@@ -214,7 +214,7 @@ class SearchResult(Value):
     candidates: tuple[Candidate, ...]
     finish_reason: FinishReason
     prompt_tokens: int
-    cached_prompt_tokens: int
+    cached_prompt_tokens: int = 0
     generated_tokens: int
     verifier_tokens: int
     path_tokens: int

@@ -1,9 +1,9 @@
-"""Where a policy goes wrong in stories, told the right solution so far: claims, operands, results.
+"""Where a policy goes wrong in stories, told the right solution so far: facts, numbers looked up, results.
 
     python cookbook/training/evaluate_policy.py --policy ets_engine/reference/policy
 
-A part counts as right when the likeliest token is right at each of its places. "given" operands stand in the story,
-"computed" ones in an earlier step: to get them, the policy must look up the number of the person named.
+A part counts as right when the likeliest token is right at each of its places. Several facts may come next, and only
+the one told counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data import Encoder, pad
 from ets_engine.reference.problems import draw
 
-LINE = re.compile(r"- \w+ has (?P<claim>.+?): (?P<left>\d+)[-+*/](?P<right>\d+)=(?P<result>\d+)")
+LINE = re.compile(
+    r"(?P<fact>.+?): (?:(?P<lookup>\w+ has \d+(?:, \w+ has \d+)?), )?"
+    r"(?P<operation>\d+(?P<sign>[-+*/])\d+)=(?P<result>\d+)"
+)
 
 
 def main() -> None:
@@ -39,22 +42,20 @@ def main() -> None:
         rows = [encode.solution(problem, lines) for problem, lines in solved]
         with torch.inference_mode():
             guesses = model(input_ids=pad([ids for ids, _ in rows], encode.pad)).logits.argmax(-1).tolist()
-        for (problem, lines), (ids, start), guess in zip(solved, rows, guesses, strict=True):
-            given = set(re.findall(r"(\w+) has \d+ \w+\.", problem.problem))
+        for (_, lines), (ids, start), guess in zip(solved, rows, guesses, strict=True):
+            right = [False, *(told == real for told, real in zip(guess, ids[1:], strict=False))]
             place = start  # of the line's first token
             for line in lines:
-                if match := LINE.match(line):
-                    claim = match["claim"]
-                    kind = "given" if claim.split()[-1] in given else "computed"
-                    kind = "boxes" if "boxes" in claim else "two people" if " and " in claim else kind
-                    for part in ("claim", "left", "result"):
-                        first = place + len(encode(line[: match.start(part)]))
-                        last = place + len(encode(line[: match.end(part)]))
-                        name = f"left operand, {kind}" if part == "left" else part
-                        hits[name].append(all(guess[i - 1] == ids[i] for i in range(first, last)))
-                place += len(encode(line)) + 1  # and its newline
-    for name, right in sorted(hits.items()):
-        print(f"{name:26} {100 * sum(right) / len(right):5.1f} % of {len(right)}")
+                match, pieces = LINE.match(line), encode.tokenizer(line, add_special_tokens=False)
+                assert match is not None, line
+                for part in ("fact", "lookup", "operation", "result"):
+                    if match[part]:
+                        first, last = (pieces.char_to_token(i) for i in (match.start(part), match.end(part) - 1))
+                        name = f"result of {match['sign']}" if part == "result" else part
+                        hits[name].append(all(right[place + first : place + last + 1]))
+                place += len(pieces.input_ids) + 1  # and its newline
+    for name, found in sorted(hits.items()):
+        print(f"{name:14} {100 * sum(found) / len(found):5.1f} % of {len(found)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ets_engine.reference.problems import FAMILIES, ReferenceProblem, draw, is_s
 from ets_engine.runtime import Branch, Runner, SamplingParams, StepDecoder, StopRules, load_causal_lm
 
 TOGETHER = 32  # problems decoded at a time
+MAX_TOKENS = 400  # of a solution; the longest right one takes 330
 
 
 def sample_solutions(
@@ -25,11 +26,11 @@ def sample_solutions(
 ) -> Iterator[tuple[ReferenceProblem, str]]:
     """Some whole solutions of each problem."""
     tokenizer = decoder.tokenizer
-    rules = StopRules(strings=(), eos_ids=frozenset({tokenizer.eos_token_id}), max_step_tokens=256)
+    rules = StopRules(strings=(), eos_ids=frozenset({tokenizer.eos_token_id}), max_step_tokens=MAX_TOKENS)
     leaves = [decoder.start(begin_ids(tokenizer, one.problem), place) for place, one in enumerate(problems)]
     decoder.submit(
         [
-            Branch(leaf, place * samples + i, seed, SamplingParams(temperature), rules, 256)
+            Branch(leaf, place * samples + i, seed, SamplingParams(temperature), rules, MAX_TOKENS)
             for place, leaf in enumerate(leaves)
             for i in range(samples)
         ]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from data import Encoder, build_tokenizer, policy_batch
-from optim import make_optimizers, resume, save, set_lr, update
+from data import MAX_TOKENS, Encoder, adopt, build_tokenizer, drill_batch, policy_batch
+from optim import has_fast_bf16, make_optimizers, resume, save, set_lr, update
 
 
 def make_model(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaForCausalLM:
@@ -29,7 +29,7 @@ def make_model(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaForCausalL
         num_key_value_heads=3,
         head_dim=32,
         intermediate_size=512,
-        max_position_embeddings=512,
+        max_position_embeddings=MAX_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=bos,
         eos_token_id=eos,
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--init", type=Path, help="weights to go on from, instead of random ones")
     parser.add_argument("--tokens", type=int, nargs=2, default=[4096, 6144], help="per step: of countdown, of story")
+    parser.add_argument("--drills", type=int, default=150, help="first steps, in which stories only look numbers up")
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/policy"))
@@ -52,12 +53,16 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else build_tokenizer()
+    tokenizer = build_tokenizer()
     encode = Encoder(tokenizer)
     if args.init:
-        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).train().to(args.device)
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).train()
+        adopt(model, AutoTokenizer.from_pretrained(args.init), tokenizer)
     else:
-        model = make_model(len(tokenizer), encode.bos, encode.eos, encode.pad).to(args.device)
+        model = make_model(len(tokenizer), encode.bos, encode.eos, encode.pad)
+    model.to(args.device)
+    if has_fast_bf16(args.device):
+        model.set_attn_implementation("eager")  # then trains twice as fast as SDPA on a CPU at these lengths
     optimizers = make_optimizers(model, args.lr)
     checkpoint = args.out / "checkpoint.pt"
     start, seconds = resume(checkpoint, model, optimizers)
@@ -67,10 +72,14 @@ def main() -> None:
         set_lr(optimizers, args.lr, step, args.steps)
         losses: dict[str, float] = {}
         for family, num_tokens in zip(("countdown", "story"), args.tokens, strict=True):
-            ids, targets = policy_batch(Random(f"{args.seed}/{step}/{family}"), encode, family, num_tokens)
+            rng = Random(f"{args.seed}/{step}/{family}")
+            if family == "story" and step < args.drills:
+                ids, targets = drill_batch(rng, encode, num_tokens)
+            else:
+                ids, targets = policy_batch(rng, encode, family, num_tokens)
             ids, targets = ids.to(args.device), targets.to(args.device)
             kept = targets[:, 1:] >= 0
-            with torch.autocast(args.device, dtype=torch.bfloat16):
+            with torch.autocast(args.device, dtype=torch.bfloat16, enabled=has_fast_bf16(args.device)):
                 hidden = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
                 logits = model.lm_head(hidden[kept])
             loss = F.cross_entropy(logits.float(), targets[:, 1:][kept])

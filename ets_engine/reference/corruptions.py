@@ -6,12 +6,14 @@ Some come out right by chance, so only `label_steps` says what is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
-from ets_engine.reference.countdown import MAX_GIVEN, CountdownProblem, Move, apply, merge, parse_step, walk
-from ets_engine.reference.story import SHARES, Quantity, StoryProblem, calculate, tell_step
+from ets_engine.reference.countdown import MAX_GIVEN, CountdownProblem, Move, apply, merge, walk
+from ets_engine.reference.story import SHARES, Quantity, StoryProblem, claimed, tell_step
+
+_LAST = re.compile(r"[0-9]+")
 
 
 def corrupt(rng: Random, problem: CountdownProblem | StoryProblem, lines: Sequence[str]) -> list[str]:
@@ -22,118 +24,145 @@ def corrupt(rng: Random, problem: CountdownProblem | StoryProblem, lines: Sequen
 
 
 def corrupt_countdown(rng: Random, problem: CountdownProblem, lines: Sequence[str]) -> list[str]:
-    """Break one random line the way policies break them, the later lines following from the broken state.
+    """Leave the solution at a random line, and go on from there, towards the target.
 
-    Kinds: a wrong result, a wrong remainder, a number used twice, a legal move into a dead end. Some come out right by
-    chance, so only `label_steps` says what is wrong.
+    Kinds: a legal move that may lead nowhere, a wrong result, a wrong remainder, a number used twice; and in the last
+    line a near miss, or a false equation that claims the target.
     """
     at = rng.randrange(len(lines))
-    state = problem.numbers if at == 0 else walk(problem, lines[:at])[-1][1]
-    move = parse_step(lines[at])
-    assert move is not None, "corrupt() takes legible solutions"
-    last = at == len(lines) - 1
-    kind = rng.choice(("result", "target", "pair") if last else ("result", "result", "rest", "twice", "deadend"))
-    pool = list(state)
-    if kind == "twice":
-        left, right = rng.choice(pool), rng.randint(1, MAX_GIVEN)
-        if right in pool:
-            right = left
-        result = apply(left, rng_op := rng.choice("+-*/"), right)
-        if result is not None:
-            rest = list(pool)
-            rest.remove(left)
-            if len(rest) > 1:
-                rest.remove(rng.choice(rest))
-            move = Move(left, rng_op, right, result, tuple(sorted([*rest, result])))
-    elif kind in ("deadend", "pair", "target"):
-        i, j = rng.sample(range(len(pool)), 2)
-        op = rng.choice("+-*/")
-        left, right = (max(pool[i], pool[j]), min(pool[i], pool[j])) if op in "+*" else (pool[i], pool[j])
-        result = apply(left, op, right)
-        if result is not None:
-            move = Move(left, op, right, result, merge(pool, left, right, result))
-        if kind == "target":  # claims the target whatever the operation gives
-            move = Move(left, op, right, problem.target, (problem.target,))
-    elif kind == "result":
-        wrong = slip(rng, move.result)
-        rest = list(move.rest)
-        rest.remove(move.result)
-        move = Move(move.left, move.op, move.right, wrong, tuple(sorted([*rest, wrong])))
-    else:
-        rest = list(move.rest)
-        k = rng.randrange(len(rest))
-        rest[k] = slip(rng, rest[k])
-        if rng.random() < 0.3 and len(rest) > 2:
-            rest.pop(k)
-        move = Move(move.left, move.op, move.right, move.result, tuple(sorted(rest)))
-    out, state = [*lines[:at], move.render()], move.rest
-    while len(state) > 1 and len(out) < len(problem.numbers) - 1:  # go on from the broken state, towards the target
-        options = [
-            (a, op, b, result)
-            for i, a in enumerate(state)
-            for j, b in enumerate(state)
-            if i != j
-            for op in "+-*/"
-            if (result := apply(a, op, b)) is not None and not (op in "+*" and a < b)
-        ]
+    out = list(lines[:at])
+    state = walk(problem, out)[-1][1] if out else problem.numbers
+    kind = rng.choice(("legal", "legal", "result", "rest", "twice"))
+    while len(state) > 1 and len(out) < len(problem.numbers) - 1:
+        options = _options(state)
         if not options:
             break
         if len(state) == 2:
-            hits = [option for option in options if option[3] == problem.target]
-            options = hits or options
-        a, op, b, result = rng.choice(options)
-        state = merge(state, a, b, result)
-        if len(state) == 1 and rng.random() < 0.7:
-            result, state = problem.target, (problem.target,)
-        out.append(Move(a, op, b, result, state).render())
+            move = _close(rng, problem.target, options)
+        else:
+            move = rng.choice(options)
+            if kind != "legal":
+                move = _break(rng, kind, state, move)
+                kind = "legal"
+        out.append(move.render())
+        state = move.rest
     return out
+
+
+def _options(state: Sequence[int]) -> list[Move]:
+    """Every legal move of a state, the larger number first where order does not matter."""
+    return [
+        Move(a, op, b, result, merge(state, a, b, result))
+        for i, a in enumerate(state)
+        for j, b in enumerate(state)
+        if i != j
+        for op in "+-*/"
+        if (result := apply(a, op, b)) is not None and not (op in "+*" and a < b)
+    ]
+
+
+def _close(rng: Random, target: int, options: Sequence[Move]) -> Move:
+    """A last line: the target where it can be reached, a near miss, or an equation bent to claim the target."""
+    kind = rng.random()
+    hits = [move for move in options if move.result == target]
+    if hits and kind < 0.5:
+        return rng.choice(hits)
+    near = sorted(options, key=lambda move: abs(move.result - target))[:2]
+    move = rng.choice(near if rng.random() < 0.6 else options)
+    if kind < 0.75:
+        return move
+    result = target if kind < 0.9 else slip(rng, move.result)
+    return replace(move, result=result, rest=(result,))
+
+
+def _break(rng: Random, kind: str, state: Sequence[int], move: Move) -> Move:
+    """An illegal move like `move`."""
+    rest = list(move.rest)
+    if kind == "result":
+        wrong = slip(rng, move.result)
+        rest.remove(move.result)
+        return replace(move, result=wrong, rest=tuple(sorted([*rest, wrong])))
+    if kind == "rest":
+        place = rng.randrange(len(rest))
+        if rng.random() < 0.3 and len(rest) > 2:
+            rest.pop(place)
+        else:
+            rest[place] = slip(rng, rest[place])
+        return replace(move, rest=tuple(sorted(rest)))
+    right = move.left if rng.random() < 0.5 else rng.randint(1, MAX_GIVEN)  # used twice, or not there at all
+    result = apply(move.left, move.op, right)
+    if result is None:
+        return move
+    rest.remove(move.result)
+    return Move(move.left, move.op, right, result, tuple(sorted([*rest, result])))
 
 
 def corrupt_story(rng: Random, problem: StoryProblem, lines: Sequence[str]) -> list[str]:
     """Break one random line, the later lines following from the broken number.
 
-    Kinds: a wrong result, a wrong operand, another claim (person, number, relation), another person's line, an answer
-    too early.
+    Kinds: a wrong result, a number remembered wrongly, a misread fact, a person counted too early, another order of
+    the total, an answer too early.
     """
-    at = rng.randrange(len(lines))
-    head, left, op, right, result, told = _split(lines[at])
-    name = head.removeprefix("- ").partition(" ")[0]
-    wrong = result
-    kind = rng.choice(("result", "result", "result", "operand", "claim", "claim", "name"))
-    if told is None and rng.random() < 0.05:
-        return [*lines[:at], f"{lines[at]}. Answer: {result}"]
-    if kind == "operand":
-        others = [value for value in problem.values().values() if value not in (left, right)]
-        other = rng.choice(others) if others and rng.random() < 0.7 else slip(rng, left)
-        left, right = (other, right) if rng.random() < 0.5 else (left, other)
-        wrong = calculate(left, op, right)
-    elif kind == "claim" and name != "total":
-        claim = _misread(rng, problem, name)
-        head, left, op, right, wrong = _split(tell_step(name, claim, problem.values()))[:5]
-    elif kind == "name" and name != "total":
-        others = [other for other in problem.quantities if other != name]
-        head = head.replace(name, rng.choice(others), 1)
-    elif kind == "claim" or kind == "name":
-        named = head.split()[-1]
-        other = rng.choice([person for person in problem.quantities if person != named])
-        head = " ".join(other if word == named else word for word in head.split())
-        right = problem.values()[other] if rng.random() < 0.5 else right
-        wrong = calculate(left, op, right)
-    else:
-        wrong = slip(rng, result)
-    if not 0 < wrong <= 9999:
-        wrong = slip(rng, result)
-    out = [*lines[:at], _join(head, left, op, right, wrong, told is not None)]
-    renamed = {result: wrong}  # what the later lines take for what
-    for later in lines[at + 1 :]:
-        head, left, op, right, result, told = _split(later)
-        left, right = renamed.get(left, left), renamed.get(right, right)
-        value = calculate(left, op, right)
-        value = value if 0 < value <= 9999 else slip(rng, max(value, 7))
-        if value != result:
-            renamed[result] = value
-        out.append(_join(head, left, op, right, value, told is not None))
+    names = [claimed(line) for line in lines]
+    at = rng.randrange(len(names))
+    kind = rng.choice(("result", "result", "result", "memory", "memory", "fact", "fact", "order"))
+    if kind == "order" and names[at] != "total":
+        later = [name for name in names[at + 1 :] if name != "total"]
+        if later:
+            other = names.index(rng.choice(later))
+            names[at], names[other] = names[other], names[at]
+    asked = list(problem.asked)
+    if kind == "order" and names[at] == "total":
+        place = len(asked) - (len(names) - at)
+        others = [name for name in problem.quantities if name != asked[place]]
+        asked[place] = rng.choice(others)
+    known = problem.values() if rng.random() < 0.5 else {}  # what a person counted too early has: right, or anything
+    known = {name: known.get(name, rng.randint(2, 99)) for name in problem.quantities}
+    known |= {name: q.left for name, q in problem.quantities.items() if not q.op and isinstance(q.left, int)}
+    out: list[str] = []
+    for place, name in enumerate(names):
+        breaks = kind if place == at else ""
+        quantity = _total(asked, len(names) - place, known) if name == "total" else problem.quantities[name]
+        if breaks == "fact" and name != "total":
+            quantity = _misread(rng, problem, name)
+        seen = dict(known)
+        sides = [side for side in (quantity.left, quantity.right) if isinstance(side, str)]
+        if breaks == "memory" and sides:
+            side = rng.choice(sides)
+            seen[side] = rng.choice(list(known.values())) if rng.random() < 0.5 else slip(rng, seen[side])
+        line = _tell(rng, name, quantity, seen, "result" if breaks in ("result", "memory") and not sides else breaks)
+        if place == len(names) - 1 or (kind == "order" and place == at and rng.random() < 0.1):
+            line += f". Answer: {_LAST.findall(line)[-1]}"
+        known[name] = int(_LAST.findall(line)[-1])
+        out.append(line)
     return out
+
+
+def _total(asked: Sequence[str], lines_left: int, known: Mapping[str, int]) -> Quantity:
+    return Quantity("", asked[0] if lines_left == len(asked) - 1 else "total", "+", asked[-lines_left])
+
+
+def _tell(rng: Random, name: str, quantity: Quantity, known: Mapping[str, int], breaks: str) -> str:
+    """A line, its result off when `breaks` is "result"."""
+    if name == "total":
+        first, person = quantity.left, quantity.right
+        numbers = (known[str(first)], known[str(person)])
+        names = [str(person)] if first == "total" else [str(first), str(person)]
+        looked_up = ", ".join(f"{one} has {known[one]}" for one in names)
+        claim = f"total plus {person}" if first == "total" else f"total of {first} and {person}"
+        line = f"{claim}: {looked_up}, {numbers[0]}+{numbers[1]}={sum(numbers)}"
+    else:
+        line = tell_step(name, quantity, known)
+    head, result = re.split(r"(?<==)(?=-?[0-9]+)", line, maxsplit=1)
+    number = re.match(r"-?[0-9]+", result)
+    assert number is not None
+    right = int(number[0])
+    if breaks != "result" and 0 < right <= 9999:
+        return line
+    wrong = slip(rng, right) if 0 < right <= 9999 else rng.randint(2, 99)
+    if name != "total" and breaks == "result" and rng.random() < 0.1:  # right in the equation, then copied wrongly
+        return f"{head}{right}, {name} has {wrong}"
+    return head + str(wrong) + ("" if name == "total" else f", {name} has {wrong}")
 
 
 def _misread(rng: Random, problem: StoryProblem, name: str) -> Quantity:
@@ -152,18 +181,6 @@ def _misread(rng: Random, problem: StoryProblem, name: str) -> Quantity:
     else:
         sides[place] = slip(rng, side)
     return replace(quantity, left=sides[0], right=sides[1])
-
-
-def _split(line: str) -> tuple[str, int, str, int, int, str | None]:
-    """Claim, left, operation, right, result and answer of a legible line."""
-    claim, _, equation = line.partition(": ")
-    match = re.match(r"([0-9]+)([-+*/])([0-9]+)=(-?[0-9]+)(?:\. Answer: ([0-9]+))?$", equation)
-    assert match is not None, f"not a step: {line!r}"
-    return claim, int(match[1]), match[2], int(match[3]), int(match[4]), match[5]
-
-
-def _join(claim: str, left: int, op: str, right: int, result: int, answers: bool) -> str:
-    return f"{claim}: {left}{op}{right}={result}" + (f". Answer: {result}" if answers else "")
 
 
 def slip(rng: Random, value: int) -> int:

@@ -1,11 +1,14 @@
 """The `story` family: word problems about who has how many; generator, exact checker.
 
-A solution says one person's number per line, how it comes about and what it is, in any order that works, then the
-total when the question asks for several people; its last line names the answer::
+A solution works out one person's number per line: the fact it uses, the numbers it looks up, and what follows; in any
+order that works, then the total when the question asks for several people. Its last line names the answer::
 
-    - Ben has 3 boxes of 14: 3*14=42
-    - Cara has 9 more than Ben: 42+9=51
-    total Ben and Cara: 42+51=93. Answer: 93
+    as Ben owns 3 boxes of 14: 3*14=42, Ben has 42
+    with Ben, Cara owns 9 more: Ben has 42, 42+9=51, Cara has 51
+    total of Ben and Cara: Ben has 42, Cara has 51, 42+51=93. Answer: 93
+
+Whatever is known reads "NAME has NUMBER", in the problem and in the lines, and a line repeats its fact word for word: a
+small model can then find everything by what stood before it.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ NAMES = (
 ITEMS = "apples books cards coins eggs flags keys lamps maps pens plums rings shells stamps toys trees".split()
 SHARES = {"half": 2, "a third": 3, "a quarter": 4, "a fifth": 5}
 
-_TEMPLATES = {  # relation -> wording; {b} has, compared with {a} and {c}
+_OPENING = "Some friends compare what they have."
+_TEMPLATES = {  # relation -> wording; {b} has so much, compared with {a} and {c}
     "given": "{b} has {n} {item}.",
-    "boxes": "{b} has {n} boxes of {m} {item} each.",
-    "more": "{b} has {n} more {item} than {a}.",
-    "fewer": "{b} has {n} fewer {item} than {a}.",
-    "times": "{b} has {n} times as many {item} as {a}.",
-    "share": "{b} has {share} as many {item} as {a}.",
-    "both": "{b} has as many {item} as {a} and {c} together.",
+    "boxes": "{b} owns {n} boxes of {m} {item} each.",
+    "more": "Compared with {a}, {b} owns {n} more {item}.",
+    "fewer": "Compared with {a}, {b} owns {n} fewer {item}.",
+    "times": "Compared with {a}, {b} owns {n} times as many {item}.",
+    "share": "Compared with {a}, {b} owns {share} as many {item}.",
+    "both": "Compared with {a} and {c}, {b} owns as many {item} as both.",
 }
 _QUESTION_ONE = "How many {item} does {b} have?"
 _QUESTION_MANY = "How many {item} do {people} have together?"
@@ -62,6 +66,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 _PATTERNS = [(relation, _pattern(template)) for relation, template in _TEMPLATES.items()]
 _PATTERN_ONE = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) does (?P<b>{'|'.join(NAMES)}) have\?")
 _PATTERN_MANY = re.compile(rf"How many (?P<item>{'|'.join(ITEMS)}) do (?P<people>.+) have together\?")
+_SUBJECT = re.compile(r"(?:with [^:,]+, |as )?(total|[A-Z][a-z]+) ")
 _ANSWER = re.compile(r"Answer: ([0-9]{1,6})$")
 
 
@@ -128,7 +133,10 @@ def calculate(left: int, op: str, right: int) -> int:
 def parse(text: str) -> StoryProblem | None:
     """The problem in `text`, or None when it is not a story of this family; spacing does not matter."""
     text = " ".join(text.split())
-    *sentences, question = re.split(r"(?<=\.) ", text)
+    opening, *sentences = re.split(r"(?<=\.) ", text)
+    if opening != _OPENING or not sentences:
+        return None
+    *sentences, question = sentences
     many, one = _PATTERN_MANY.fullmatch(question), _PATTERN_ONE.fullmatch(question)
     if many:
         item, asked = many["item"], tuple(re.split(r", | and ", many["people"]))
@@ -289,7 +297,7 @@ def _build(rng: Random, level: int) -> tuple[StoryProblem, list[str]] | None:
     else:
         people = f"{', '.join(asked[:-1])} and {asked[-1]}"
         question = _QUESTION_MANY.format(item=item, people=people)
-    text = " ".join([*(sentences[i] for i in order), question])
+    text = " ".join([_OPENING, *(sentences[i] for i in order), question])
     problem = StoryProblem(text, item, quantities, asked)
     return problem, solve(rng, problem)
 
@@ -312,24 +320,27 @@ def tell_step(name: str, quantity: Quantity, values: Mapping[str, int]) -> str:
 
     Example:
         >>> tell_step("Cara", Quantity("pens", "Ben", "+", 9), {"Ben": 42})
-        '- Cara has 9 more than Ben: 42+9=51'
+        'with Ben, Cara owns 9 more: Ben has 42, 42+9=51, Cara has 51'
     """
     left, op, right = quantity.left, quantity.op, quantity.right
     match (left, op, right):
         case (int(), _, _):
-            how = f"{left} boxes of {right}"
+            fact = f"as {name} owns {left} boxes of {right}"
         case (_, "+", str()):
-            how = f"{left} and {right}"
+            fact = f"with {left} and {right}, {name} owns as many as both"
         case (_, "+", _):
-            how = f"{right} more than {left}"
+            fact = f"with {left}, {name} owns {right} more"
         case (_, "-", _):
-            how = f"{right} fewer than {left}"
+            fact = f"with {left}, {name} owns {right} fewer"
         case (_, "*", _):
-            how = f"{right} times {left}"
+            fact = f"with {left}, {name} owns {right} times as many"
         case _:
-            how = f"{next(word for word, parts in SHARES.items() if parts == right)} of {left}"
+            share = next(word for word, parts in SHARES.items() if parts == right)
+            fact = f"with {left}, {name} owns {share} as many"
+    looked_up = "".join(f"{side} has {values[side]}, " for side in (left, right) if isinstance(side, str))
     first, second = (values[side] if isinstance(side, str) else side for side in (left, right))
-    return f"- {name} has {how}: {first}{op}{second}={calculate(first, op, second)}"
+    result = calculate(first, op, second)
+    return f"{fact}: {looked_up}{first}{op}{second}={result}, {name} has {result}"
 
 
 def tell_totals(asked: Sequence[str], values: Mapping[str, int]) -> list[str]:
@@ -337,9 +348,10 @@ def tell_totals(asked: Sequence[str], values: Mapping[str, int]) -> list[str]:
     lines: list[str] = []
     total = values[asked[0]]
     for place, person in enumerate(asked[1:]):
-        how = f"{asked[0]} and {person}" if place == 0 else f"with {person}"
-        lines.append(f"total {how}: {total}+{values[person]}={total + values[person]}")
-        total += values[person]
+        number = values[person]
+        start = f"of {asked[0]} and {person}: {asked[0]} has {total}, " if place == 0 else f"plus {person}: "
+        lines.append(f"total {start}{person} has {number}, {total}+{number}={total + number}")
+        total += number
     return lines
 
 
@@ -374,7 +386,7 @@ def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
     valid, answered, out = True, False, []
     for line in lines:
         body, _, told = line.strip().partition(". Answer: ")
-        name = body.removeprefix("- ").partition(" ")[0]
+        name = claimed(body)
         valid = valid and not answered
         if name == "total":
             valid = valid and body in totals[totalled : totalled + 1] and set(problem.asked[: totalled + 2]) <= known
@@ -387,6 +399,12 @@ def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
             valid = answered = valid and name in ("total", *(problem.asked if not totals else ()))
         out.append(valid)
     return out
+
+
+def claimed(line: str) -> str:
+    """Whose number a line works out ("total" for a sum); empty when it says nobody's."""
+    match = _SUBJECT.match(line)
+    return match[1] if match else ""
 
 
 def _defines(problem: StoryProblem, known: set[str], values: Mapping[str, int], name: str, body: str) -> bool:

@@ -136,16 +136,21 @@ class Courier:
         self._run(deliver)
 
     def judge(self, verifier: CallableVerifier, request: Score, done: Callable[[object], None]) -> None:
-        """Ask the caller's own verifier; `done` gets the scores, unless the verifier raised."""
+        """Ask the caller's own verifier; `done` gets the scores, unless the verifier raised.
+
+        In a thread of its own: a verifier that hangs must not hold up the result at a deadline.
+        """
 
         def ask() -> None:
+            _callback.worker = self._worker
             try:
                 done(verifier.score(request.nodes, request.parents, request.texts))
             except BaseException as error:
                 self._job.error = error
                 done(PENDING)
 
-        self._run(ask)
+        context = self._job.context.copy()
+        threading.Thread(target=context.run, args=(ask,), name=f"ets-verifier-{self._job.number}", daemon=True).start()
 
     def finish(self, outcome: SearchResult | BaseException) -> None:
         """Complete the future, after all events were delivered; a callback's error comes before any outcome."""

@@ -31,9 +31,14 @@ from ets_engine.reference.problems import draw
 HUNDRED = "Use 4, 6, 10 and 19 to make 100."
 SOLUTION = "19-4=15 left 6 10 15\n15*6=90 left 10 90\n90+10=100"
 STORY = (
-    "Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has 2 times as many eggs as Ben. How many eggs does Cara have?"
+    "Some friends compare what they have. Ana has 4 eggs. Compared with Ana, Ben owns 3 more eggs. Compared with Ben, "
+    "Cara owns 2 times as many eggs. How many eggs does Cara have?"
 )
-STORY_SOLUTION = "- Ben has 3 more than Ana: 4+3=7\n- Cara has 2 times Ben: 7*2=14. Answer: 14"
+STORY_STEPS = [
+    "with Ana, Ben owns 3 more: Ana has 4, 4+3=7, Ben has 7",
+    "with Ben, Cara owns 2 times as many: Ben has 7, 7*2=14, Cara has 14. Answer: 14",
+]
+STORY_SOLUTION = "\n".join(STORY_STEPS)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -91,7 +96,7 @@ def test_answers() -> None:
     assert extract_answer(HUNDRED, "no") is None and extract_answer(STORY, "no") is None
     assert is_right_answer(HUNDRED, "10+6*(19-4)") and not is_right_answer(HUNDRED, "100")
     assert is_right_answer(STORY, " 14 ") and not is_right_answer(STORY, "15") and not is_right_answer(STORY, "")
-    assert label_steps(STORY, ["- Ben has 3 more than Ana: 4+3=7", "- Cara has 2 times Ben: 7*2=15"]) == [True, False]
+    assert label_steps(STORY, [STORY_STEPS[0], STORY_STEPS[1].replace("14", "15")]) == [True, False]
     assert is_solved(STORY, STORY_SOLUTION + "\n\n") and not is_solved(STORY, "Answer: 14")
 
 

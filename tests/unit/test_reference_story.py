@@ -24,17 +24,19 @@ from ets_engine.reference.story import (
     solve,
 )
 
-TEXT = (
-    "Ben has 3 boxes of 14 apples each. Dan has 5 cards. Cara has 9 more apples than Ben. Eva has half as many apples "
-    "as Ben. How many apples do Ben, Cara and Eva have together?"
+OPENING = "Some friends compare what they have. "
+TEXT = OPENING + (
+    "Ben owns 3 boxes of 14 apples each. Dan has 5 cards. Compared with Ben, Cara owns 9 more apples. "
+    "Compared with Ben, Eva owns half as many apples. How many apples do Ben, Cara and Eva have together?"
 )
 RIGHT = [
-    "- Ben has 3 boxes of 14: 3*14=42",
-    "- Cara has 9 more than Ben: 42+9=51",
-    "- Eva has half of Ben: 42/2=21",
-    "total Ben and Cara: 42+51=93",
-    "total with Eva: 93+21=114. Answer: 114",
+    "as Ben owns 3 boxes of 14: 3*14=42, Ben has 42",
+    "with Ben, Cara owns 9 more: Ben has 42, 42+9=51, Cara has 51",
+    "with Ben, Eva owns half as many: Ben has 42, 42/2=21, Eva has 21",
+    "total of Ben and Cara: Ben has 42, Cara has 51, 42+51=93",
+    "total plus Eva: Eva has 21, 93+21=114. Answer: 114",
 ]
+CARA = RIGHT[1]
 PARTS = {"half": 2, "a third": 3, "a quarter": 4, "a fifth": 5}
 
 
@@ -48,23 +50,23 @@ def read_by_hand(text: str) -> tuple[dict[str, tuple[str, int | str, int | str]]
     """Who is computed how, everybody's number, and who is asked for: pass over the sentences until nothing is new."""
     how: dict[str, tuple[str, int | str, int | str]] = {}
     values: dict[str, int] = {}
-    *facts, question = re.split(r"(?<=[.?]) ", text)
+    *facts, question = re.split(r"(?<=[.?]) ", text)[1:]
     for _ in facts:
         for fact in facts:
-            person, words = [w for w in re.findall(r"\b[A-Z]\w+", fact) if w in NAMES], re.findall(r"\d+", fact)
-            numbers = [int(word) for word in words]
-            if re.search(r"has \d+ \w+\.$", fact):
-                values.setdefault(person[0], numbers[0])
+            *sources, person = [w for w in re.findall(r"\b[A-Z]\w+", fact) if w in NAMES]
+            numbers = [int(word) for word in re.findall(r"\d+", fact)]
+            if " has " in fact:
+                values.setdefault(person, numbers[0])
             elif "boxes" in fact:
-                how[person[0]] = ("*", *numbers)
+                how[person] = ("*", *numbers)
             elif "more" in fact or "fewer" in fact:
-                how[person[0]] = ("+" if "more" in fact else "-", person[1], numbers[0])
+                how[person] = ("+" if "more" in fact else "-", sources[0], numbers[0])
             elif "times" in fact:
-                how[person[0]] = ("*", person[1], numbers[0])
-            elif "together" in fact:
-                how[person[0]] = ("+", person[1], person[2])
+                how[person] = ("*", sources[0], numbers[0])
+            elif "both" in fact:
+                how[person] = ("+", *sources)
             else:
-                how[person[0]] = ("/", person[1], next(n for words, n in PARTS.items() if words in fact))
+                how[person] = ("/", sources[0], next(n for words, n in PARTS.items() if words in fact))
         for name, (sign, *sides) in how.items():
             if all(isinstance(side, int) or side in values for side in sides):
                 a, b = (side if isinstance(side, int) else values[side] for side in sides)
@@ -73,22 +75,24 @@ def read_by_hand(text: str) -> tuple[dict[str, tuple[str, int | str, int | str]]
     return how, values, [word for word in re.findall(r"\b[A-Z]\w+", question) if word in NAMES]
 
 
-def claim_by_hand(words: str) -> tuple[str, int | str, int | str] | None:
-    """The operation and sides that a step's words stand for."""
+def claim_by_hand(words: str) -> tuple[str, str, int | str, int | str] | None:
+    """The person, operation and sides that a step's first words stand for."""
+    who = re.findall(r"[A-Z]\w+", words)
+    numbers = [int(number) for number in re.findall(r"\d+", words)]
     for pattern, sign in (
-        (r"(\d+) boxes of (\d+)", "*"),
-        (r"(\w+) and (\w+)", "+"),
-        (r"(?P<n>\d+) more than (?P<who>\w+)", "+"),
-        (r"(?P<n>\d+) fewer than (?P<who>\w+)", "-"),
-        (r"(?P<n>\d+) times (?P<who>\w+)", "*"),
-        (r"(?P<part>half|a third|a quarter|a fifth) of (?P<who>\w+)", "/"),
+        (r"as \w+ owns \d+ boxes of \d+", "*"),
+        (r"with \w+ and \w+, \w+ owns as many as both", "+"),
+        (r"with \w+, \w+ owns \d+ more", "+"),
+        (r"with \w+, \w+ owns \d+ fewer", "-"),
+        (r"with \w+, \w+ owns \d+ times as many", "*"),
+        (r"with \w+, \w+ owns (half|a third|a quarter|a fifth) as many", "/"),
     ):
-        if found := re.fullmatch(pattern, words):
-            if "who" in pattern:
-                named = found.groupdict()
-                return sign, named["who"], PARTS[named["part"]] if "part" in named else int(named["n"])
-            first, second = (int(side) if side.isdigit() else side for side in found.groups())
-            return sign, first, second
+        if re.fullmatch(pattern, words):
+            if len(who) == 1:
+                return who[0], sign, numbers[0], numbers[1]
+            if len(who) == 3:
+                return who[2], sign, who[0], who[1]
+            return who[1], sign, who[0], numbers[0] if numbers else PARTS[words.split(" owns ")[1][: -len(" as many")]]
     return None
 
 
@@ -98,29 +102,32 @@ def labels_by_hand(text: str, lines: list[str]) -> list[bool]:
     right, summed, done, labels = True, 1, False, []
     for line in lines:
         body, _, told = line.partition(". Answer: ")
-        words, _, equation = body.partition(": ")
-        who, _, words = words.removeprefix("- ").partition(" ")
+        words, _, rest = body.partition(": ")
+        *looked_up, equation, says = rest.split(", ") if not words.startswith("total") else [*rest.split(", "), ""]
         operation, _, result = equation.partition("=")
         sign = next(sign for sign in "+-*/" if sign in operation)
         a, b = map(int, operation.split(sign))
         right = right and not done and {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] == int(result)
-        if who == "total":
+        right = right and all(values[name] == int(n) for name, n in (fact.split(" has ") for fact in looked_up))
+        sources = [fact.split()[0] for fact in looked_up]
+        if words.startswith("total"):
+            who = "total"
             right = right and summed < len(asked) and sign == "+" and known.issuperset(asked[: summed + 1])
             if right:
-                named = f"{asked[0]} and {asked[1]}" if summed == 1 else f"with {asked[summed]}"
-                right = words == named and [a, b] == [
-                    sum(values[name] for name in asked[:summed]),
-                    values[asked[summed]],
-                ]
+                named = f"total of {asked[0]} and {asked[1]}" if summed == 1 else f"total plus {asked[summed]}"
+                right = words == named and sources == asked[0 if summed == 1 else summed : summed + 1]
+                right = right and [a, b] == [sum(values[name] for name in asked[:summed]), values[asked[summed]]]
             summed += 1
         else:
-            claim = claim_by_hand(words.removeprefix("has "))
+            claim = claim_by_hand(words)
+            who = claim[0] if claim else ""
             right = right and who in how and who not in known and claim is not None
             if right and claim is not None:
-                same = claim == how[who] or (isinstance(claim[2], str) and sign == "+" and claim[:0:-1] == how[who][1:])
-                right = same and claim[0] == sign
-                right = right and all(isinstance(side, int) or side in known for side in claim[1:])
-                right = right and [a, b] == [side if isinstance(side, int) else values[side] for side in claim[1:]]
+                same = claim[1:] == how[who] or (claim[1] == "+" and claim[:1:-1] == how[who][1:])
+                right = same and claim[1] == sign and says == f"{who} has {result}"
+                right = right and all(isinstance(side, int) or side in known for side in claim[2:])
+                right = right and [a, b] == [side if isinstance(side, int) else values[side] for side in claim[2:]]
+                right = right and sources == [side for side in claim[2:] if isinstance(side, str)]
             known.add(who)
         if told:
             right = right and told == result == str(sum(values[name] for name in asked))
@@ -175,48 +182,61 @@ def test_the_right_solution() -> None:
     assert problem.answer() == 114 and is_solved(problem, RIGHT)
     assert is_solved(problem, [RIGHT[0], RIGHT[2], RIGHT[1], *RIGHT[3:]]), "another order of people"
     assert is_solved(problem, [*RIGHT[:2], RIGHT[3], RIGHT[2], RIGHT[4]]), "a sum early"
-    needless = problem_of(TEXT.replace("Ben, Cara and Eva have together", "Cara have").replace("do C", "does C"))
-    assert is_solved(needless, [RIGHT[0], RIGHT[2], f"{RIGHT[1]}. Answer: 51"]), "needless, but right"
-    both = problem_of("Ana has 4 eggs. Ben has 3 eggs. Cara has as many eggs as Ana and Ben together. "
-                      "How many eggs does Cara have?")  # fmt: skip
-    assert is_solved(both, ["- Cara has Ana and Ben: 4+3=7. Answer: 7"])
-    assert is_solved(both, ["- Cara has Ben and Ana: 3+4=7. Answer: 7"])
-    assert not is_solved(both, ["- Cara has Ben and Ana: 4+3=7. Answer: 7"]), "sides not as named"
+    needless = problem_of(TEXT.replace("do Ben, Cara and Eva have together", "does Cara have"))
+    assert is_solved(needless, [RIGHT[0], RIGHT[2], f"{CARA}. Answer: 51"]), "needless, but right"
+    both = problem_of(
+        OPENING + "Ana has 4 eggs. Ben has 3 eggs. Compared with Ana and Ben, Cara owns as many eggs as both. "
+        "How many eggs does Cara have?"
+    )
+    as_told = "with Ana and Ben, Cara owns as many as both: Ana has 4, Ben has 3, 4+3=7, Cara has 7. Answer: 7"
+    turned = "with Ben and Ana, Cara owns as many as both: Ben has 3, Ana has 4, 3+4=7, Cara has 7. Answer: 7"
+    assert is_solved(both, [as_told]) and is_solved(both, [turned])
+    assert not is_solved(both, [turned.replace("3+4", "4+3")]), "sides not as named"
 
 
 @pytest.mark.parametrize(
     ("changes", "first_wrong"),
     [
-        ({1: "- Cara has 9 more than Ben: 42+9=52"}, 1),  # wrong result
-        ({1: "- Cara has 8 more than Ben: 42+8=50"}, 1),  # wrong number
-        ({1: "- Cara has 9 more than Ben: 42+8=50"}, 1),  # another number than claimed
-        ({1: "- Cara has 9 fewer than Ben: 42-9=33"}, 1),  # wrong relation
-        ({1: "- Cara has 9 more than Dan: 5+9=14"}, 1),  # compared with another person
-        ({1: "- Cara has 9 more than Dan: 42+9=51"}, 1),  # right by luck
-        ({1: "- Eva has 9 more than Ben: 42+9=51"}, 1),  # wrong person
-        ({1: "- Dan has 9 more than Ben: 42+9=51"}, 1),  # nobody computes Dan
-        ({1: "- Zoe has 9 more than Ben: 42+9=51"}, 1),  # not in the story
+        ({1: CARA.replace("51", "52")}, 1),  # wrong result
+        ({1: CARA.replace("=51", "=52")}, 1),
+        ({1: CARA.replace("has 51", "has 52")}, 1),  # another number than computed
+        ({1: CARA.replace("Ben has 42", "Ben has 24")}, 1),  # remembered wrongly
+        ({1: "with Ben, Cara owns 8 more: Ben has 42, 42+8=50, Cara has 50"}, 1),  # wrong number
+        ({1: "with Ben, Cara owns 9 more: Ben has 42, 42+8=50, Cara has 50"}, 1),  # another number than claimed
+        ({1: "with Ben, Cara owns 9 fewer: Ben has 42, 42-9=33, Cara has 33"}, 1),  # wrong relation
+        ({1: "with Dan, Cara owns 9 more: Dan has 5, 5+9=14, Cara has 14"}, 1),  # compared with another person
+        ({1: "with Dan, Cara owns 9 more: Dan has 5, 42+9=51, Cara has 51"}, 1),  # right by luck
+        ({1: CARA.replace("Cara", "Eva")}, 1),  # wrong person
+        ({1: CARA.replace("Cara", "Dan")}, 1),  # nobody computes Dan
+        ({1: CARA.replace("Cara", "Zoe")}, 1),  # not in the story
         ({1: RIGHT[0]}, 1),  # known already
         ({0: RIGHT[1], 1: RIGHT[0]}, 0),  # Ben is not known yet
-        ({2: "- Eva has half of Ben: 2/42=21"}, 2),  # sides of a division
-        ({2: RIGHT[3], 3: RIGHT[2], 4: "total with Eva: 93+21=114"}, None),
-        ({3: "total Ben and Eva: 42+21=63", 4: "total with Cara: 63+51=114. Answer: 114"}, 3),  # not in the order asked
-        ({3: "total Cara and Eva: 51+21=72", 4: "total with Ben: 72+42=114. Answer: 114"}, 3),
-        ({3: "total Ben and Cara: 93-51=42"}, 3),
-        ({4: "total with Eva: 93+21=114. Answer: 115"}, 4),
-        ({3: "total Ben and Cara: 42+51=93. Answer: 93"}, 3),  # too early
-        ({3: "total Ben and Cara: 42+51=93. Answer: 114"}, 3),  # right before it can be known
-        ({3: "total with Eva: 93+21=114", 4: RIGHT[3]}, 3),  # the second sum first
+        ({2: RIGHT[2].replace("42/2", "2/42")}, 2),  # sides of a division
+        ({2: RIGHT[3], 3: RIGHT[2], 4: RIGHT[4].replace(". Answer: 114", "")}, None),
+        (  # not in the order asked
+            {
+                3: "total of Ben and Eva: Ben has 42, Eva has 21, 42+21=63",
+                4: "total plus Cara: Cara has 51, 63+51=114. Answer: 114",
+            },
+            3,
+        ),
+        ({3: "total of Cara and Ben: Cara has 51, Ben has 42, 51+42=93"}, 3),
+        ({3: "total of Ben and Cara: Ben has 42, Cara has 51, 93-51=42"}, 3),
+        ({4: RIGHT[4].replace("Answer: 114", "Answer: 115")}, 4),
+        ({3: f"{RIGHT[3]}. Answer: 93"}, 3),  # too early
+        ({3: f"{RIGHT[3]}. Answer: 114"}, 3),  # right before it can be known
+        ({3: "total plus Eva: Eva has 21, 93+21=114", 4: RIGHT[3]}, 3),  # the second sum first
         ({4: RIGHT[3]}, 4),  # the same sum twice
         ({1: RIGHT[3], 3: RIGHT[1]}, 1),  # Cara is not known yet
         ({0: f"{RIGHT[0]}. Answer: 42"}, 0),
-        ({1: "- Cara has 42+9=51"}, 1),  # no word how
-        ({1: "Cara has 9 more than Ben: 42+9=51"}, 1),
-        ({1: "- cara has 9 more than Ben: 42+9=51"}, 1),
-        ({1: "- Cara has 9 more than Ben: 42+9=51."}, 1),
-        ({1: "- Cara has 9 more than Ben: 42 + 9 = 51"}, 1),
+        ({1: CARA.partition(": ")[2]}, 1),  # no word how
+        ({1: "Ben has 42, 42+9=51, Cara has 51"}, 1),
+        ({1: CARA.replace(" Ben has 42,", "")}, 1),  # looked up nowhere
+        ({1: CARA.replace("Cara", "cara")}, 1),
+        ({1: CARA + "."}, 1),
+        ({1: CARA.replace("42+9=51", "42 + 9 = 51")}, 1),
         ({1: ""}, 1),
-        ({1: "- Cara has 9 more than Ben: 42+9=" + "9" * 5000}, 1),
+        ({1: CARA.replace("51", "9" * 5000)}, 1),
     ],
 )
 def test_the_checker_refuses(changes: dict[int, str], first_wrong: int | None) -> None:
@@ -229,20 +249,19 @@ def test_the_checker_refuses(changes: dict[int, str], first_wrong: int | None) -
 def test_incomplete_and_overlong_solutions() -> None:
     problem = problem_of(TEXT)
     assert not is_solved(problem, []) and not is_solved(problem, RIGHT[:-1])
-    assert not is_solved(problem, [*RIGHT[:-1], "total with Eva: 93+21=114"]), "no answer"
+    assert not is_solved(problem, [*RIGHT[:-1], RIGHT[-1].replace(". Answer: 114", "")]), "no answer"
     assert not is_solved(problem, [RIGHT[0], *RIGHT[3:]]), "a step is missing"
-    for trailing in ("done", "Answer: 114", RIGHT[-1], "- Dan has 0 more than Dan: 5+0=5"):
+    for trailing in ("done", "Answer: 114", RIGHT[-1], "with Dan, Dan owns 0 more: Dan has 5, 5+0=5, Dan has 5"):
         assert check_steps(problem, [*RIGHT, trailing]) == [True] * len(RIGHT) + [False]
         assert not is_solved(problem, [*RIGHT, trailing])
     one = problem_of(
-        "Ana has 4 eggs. Ben has 3 more eggs than Ana. Cara has half as many eggs as Ana. How many eggs does Ben have?"
+        OPENING + "Ana has 4 eggs. Compared with Ana, Ben owns 3 more eggs. Compared with Ana, Cara owns half as many "
+        "eggs. How many eggs does Ben have?"
     )
-    assert check_steps(one, ["- Ben has 3 more than Ana: 4+3=7. Answer: 7", "- Cara has half of Ana: 4/2=2"]) == [
-        True,
-        False,
-    ]
-    elsewhere = ["- Ben has 3 more than Ana: 4+3=7", "- Cara has half of Ana: 4/2=2. Answer: 7"]
-    assert check_steps(one, elsewhere) == [True, False], "the answer belongs to its own line"
+    ben = "with Ana, Ben owns 3 more: Ana has 4, 4+3=7, Ben has 7"
+    cara = "with Ana, Cara owns half as many: Ana has 4, 4/2=2, Cara has 2"
+    assert check_steps(one, [f"{ben}. Answer: 7", cara]) == [True, False]
+    assert check_steps(one, [ben, f"{cara}. Answer: 7"]) == [True, False], "the answer belongs to its own line"
 
 
 def test_answer() -> None:
@@ -255,6 +274,7 @@ def test_spacing_does_not_matter() -> None:
     assert problem_of("  " + TEXT.replace(" ", "  ").replace(".", ".\n")) == problem_of(TEXT)
 
 
+ANA = OPENING + "Ana has 5 apples. "
 ASK = " How many apples does Ben have?"
 
 
@@ -263,21 +283,25 @@ ASK = " How many apples does Ben have?"
     [
         "",
         "How many apples does Ben have?",
-        "Ben has 5 apples." + ASK,  # nothing to compute
-        "Ann has 5 apples. Ben has 3 more apples than Ann." + ASK,  # no name of ours
-        "Ana has 5 apples. Ben has 3 more apples than Ana. How many apples does Cara have?",
-        "Ana has 5 apples. Ben has 3 more apples than Cara." + ASK,  # nobody counts Cara
-        "Ana has 5 apples. Ana has 6 apples. Ben has 3 more apples than Ana." + ASK,
-        "Ana has 3 more apples than Ben. Ben has 3 fewer apples than Ana." + ASK,  # in circles
-        "Ana has 5 apples. Ben has 3 more cards than Ana." + ASK,  # cards are asked for nowhere
-        "Ana has 5 apples. Ben has half as many apples as Ana." + ASK,  # 2.5
-        "Ana has 5 apples. Ben has 7 fewer apples than Ana." + ASK,  # -2
-        "Ana has 999 apples. Ben has 7 times as many apples as Ana." + ASK,  # 6993
-        "Ana has 5 apples. Ben has 3 more apples than Ana. How many apples do Ben and Ben have together?",
-        "Ana has five apples. Ben has 3 more apples than Ana." + ASK,
-        "Ana has \N{ARABIC-INDIC DIGIT FIVE} apples. Ben has 3 more apples than Ana." + ASK,
-        "Ana has 5 apples. Ben has 3 more apples than Ana. Thanks." + ASK,
-        "ana has 5 apples. ben has 3 more apples than ana. how many apples does ben have?",
+        OPENING + ASK.strip(),
+        OPENING + "Ben has 5 apples." + ASK,  # nothing to compute
+        OPENING + "Ann has 5 apples. Compared with Ann, Ben owns 3 more apples." + ASK,  # no name of ours
+        ANA + "Compared with Ana, Ben owns 3 more apples. How many apples does Cara have?",
+        ANA + "Compared with Cara, Ben owns 3 more apples." + ASK,  # nobody counts Cara
+        ANA + "Ana has 6 apples. Compared with Ana, Ben owns 3 more apples." + ASK,
+        OPENING
+        + "Compared with Ben, Ana owns 3 more apples. Compared with Ana, Ben owns 3 fewer apples."
+        + ASK,  # in circles
+        ANA + "Compared with Ana, Ben owns 3 more cards." + ASK,  # cards are asked for nowhere
+        ANA + "Compared with Ana, Ben owns half as many apples." + ASK,  # 2.5
+        ANA + "Compared with Ana, Ben owns 7 fewer apples." + ASK,  # -2
+        ANA.replace("5", "999") + "Compared with Ana, Ben owns 7 times as many apples." + ASK,  # 6993
+        ANA + "Compared with Ana, Ben owns 3 more apples. How many apples do Ben and Ben have together?",
+        ANA.replace("5", "five") + "Compared with Ana, Ben owns 3 more apples." + ASK,
+        ANA.replace("5", "\N{ARABIC-INDIC DIGIT FIVE}") + "Compared with Ana, Ben owns 3 more apples." + ASK,
+        ANA + "Compared with Ana, Ben owns 3 more apples. Thanks." + ASK,
+        (ANA + "Compared with Ana, Ben owns 3 more apples." + ASK).lower(),
+        "Ana has 5 apples. Compared with Ana, Ben owns 3 more apples." + ASK,  # no opening
         "Janet's ducks lay 16 eggs per day. How many eggs does she have?",
     ],
 )
@@ -287,8 +311,8 @@ def test_other_texts_are_no_problem_of_the_family(text: str) -> None:
 
 def test_a_story_of_too_many_steps_is_refused() -> None:
     names = list(NAMES)
-    chain = [f"{names[0]} has 5 {ITEMS[0]}."]
-    chain += [f"{b} has 2 more {ITEMS[0]} than {a}." for a, b in pairwise(names)]
+    chain = [f"{OPENING}{names[0]} has 5 {ITEMS[0]}."]
+    chain += [f"Compared with {a}, {b} owns 2 more {ITEMS[0]}." for a, b in pairwise(names)]
     for steps in (10, 11):
         text = " ".join([*chain[: steps + 1], f"How many {ITEMS[0]} does {names[steps]} have?"])
         assert (parse(text) is None) is (steps > LEVELS[-1])
