@@ -167,7 +167,7 @@ class TreePolicy:
                     counted = self.usage.prompt_tokens, self.usage.cached_prompt_tokens
                     built[node] = self._decoder.start(ids, self._search)
                     self.usage.prompt_tokens, self.usage.cached_prompt_tokens = counted
-        except PoolExhaustedError:
+        except BaseException:
             for leaf in built.values():
                 self._decoder.release(leaf)
             raise

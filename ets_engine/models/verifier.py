@@ -113,7 +113,7 @@ class PrmVerifier:
                     opened[node], known = prefixes.begin(ids, owner=self._search)
                     self._runner.extend_last([(opened[node], ids[known:])])
                     self._shared_tokens = prefixes.remember(ids, opened[node])
-        except PoolExhaustedError:
+        except BaseException:
             for handle in opened.values():
                 tree.release(handle)
             raise
@@ -216,7 +216,7 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
         plans += [verifier.plan(nodes, parents, texts) for verifier, nodes, parents, texts in requests]
         rows = [row for plan in plans for row in plan.values()]
         right = runner.logits(runner.extend_last(rows)).float().softmax(-1) if rows else None  # [B, classes]
-    except PoolExhaustedError:
+    except BaseException:
         for plan in plans:
             for handle, _ in plan.values():
                 tree.release(handle)

@@ -5,11 +5,12 @@ Policy and verifier are the same thing here: a decoder-only base model over a KV
 
 from __future__ import annotations
 
-import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +29,8 @@ from ets_engine.runtime.support import (
     text_config,
     use_tree_attention,
 )
+
+_MEMORY = Path("/proc/meminfo")  # of Linux; files that the system can drop count as free there
 
 Rows = Sequence[tuple[int, Sequence[int]]]
 
@@ -274,10 +277,10 @@ def _tokens_that_fit(device: torch.device, token_bytes: int, config: EngineConfi
     if device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(device)[0]
     else:
-        try:
-            free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
+        available = re.search(r"^MemAvailable: *(\d+) kB", _MEMORY.read_text(), re.M) if _MEMORY.exists() else None
+        if available is None:
             return None
+        free_bytes = 1024 * int(available[1])
     return max(config.page_tokens, int(free_bytes * config.kv_memory_fraction) // token_bytes)
 
 

@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,7 +40,7 @@ def in_callback() -> object:
 
 @dataclass(eq=False)
 class Job:
-    """A search under way; the engine's thread alone changes it, apart from the two callbacks' own thread.
+    """A search under way; the engine's thread alone changes it, apart from `error`, which callbacks set.
 
     Attributes:
         problem: As asked.
@@ -157,10 +158,11 @@ class Courier:
 
         def resolve() -> None:
             final = self._job.error or outcome
-            if isinstance(final, BaseException):
-                self._job.future.set_exception(final)
-            else:
-                self._job.future.set_result(final)
+            with suppress(InvalidStateError):  # called off before it was let in
+                if isinstance(final, BaseException):
+                    self._job.future.set_exception(final)
+                else:
+                    self._job.future.set_result(final)
 
         self._run(resolve)
         self._tasks.put(None)

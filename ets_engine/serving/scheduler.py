@@ -164,10 +164,8 @@ class Scheduler:
             if job.searching is not None:
                 if not self._restore(job):
                     return
-            elif job.future.set_running_or_notify_cancel():
-                self._guard(job, self._begin)
             else:
-                self._couriers.pop(job)
+                self._guard(job, self._begin)
 
     def _has_room(self, job: Job) -> bool:
         """Whether a search may come in beside the others: its paths and a step per branch, by a guess."""
@@ -219,6 +217,9 @@ class Scheduler:
     def _begin(self, job: Job) -> None:
         if job in self._waiting:
             self._waiting.remove(job)  # it is to stop at once
+        if not job.future.set_running_or_notify_cancel():
+            self._couriers.pop(job)  # called off while it waited
+            return
         self._live[job.number] = job
         models = self._models
         job.policy = TreePolicy(models.decoder, models.format, job.prompt, job.config, job.number)

@@ -428,6 +428,30 @@ def test_a_failing_forward_pass_ends_its_searches_and_not_the_engine(
     assert engine.search(PROBLEMS[0], settings()).trace is not None
 
 
+def test_a_failing_score_leaves_no_kv_behind(engine: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Runner, hidden: Any) -> Any:
+        if self is scheduler(engine)._models.runners[1]:
+            raise RuntimeError("the PRM fell over")
+        return logits(self, hidden)
+
+    logits = Runner.logits
+    monkeypatch.setattr(Runner, "logits", broken)
+    with pytest.raises(EngineError, match="PRM fell over"):
+        engine.search(PROBLEMS[0], settings())
+    monkeypatch.undo()
+    settle(engine)
+
+
+def test_a_search_called_off_and_stopped_while_it_waited(engine: ETSEngine) -> None:
+    """As a cancelled task leaves it: its future is cancelled, and its `cancel` is set."""
+    cancel = threading.Event()
+    cancel.set()
+    futures = [engine.submit(problem, settings(), cancel=cancel) for problem in PROBLEMS]
+    called_off = [future.cancel() for future in futures]
+    for future, off in zip(futures, called_off, strict=True):
+        assert future.cancelled() if off else future.result(timeout=10).finish_reason == "cancelled"
+
+
 # ---------------------------------------------------------------------- one engine per process
 
 
