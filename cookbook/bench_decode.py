@@ -19,10 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from provenance import provenance
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ets_engine.config import EngineConfig
@@ -77,7 +75,6 @@ SHAPES = {
         vocabulary=256,
     ),
 }
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16")  # that matter to matmuls
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,26 +205,6 @@ def bench(
     return ours, theirs, union
 
 
-def machine(device: str) -> dict[str, object]:
-    """What ran it: the GPU, or the CPU and its instructions that matter."""
-    if device != "cpu":
-        return {"machine": torch.cuda.get_device_name(), "instructions": []}
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"^model name\s*: (.*)$", info, re.M)
-    flags = set((re.search(r"^flags\s*: (.*)$", info, re.M) or [""])[0].split())
-    return {
-        "machine": name[1] if name else platform.processor() or platform.machine(),
-        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
-    }
-
-
-def commit() -> str:
-    """Short hash of the checkout, "unknown" outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     """Run the benchmark, print it, and return the row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,12 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
         "generate_seconds": [round(second, 3) for second in theirs.seconds],
         "ours_cpu_seconds": [round(second, 3) for second in ours.cpu_seconds],
         "generate_cpu_seconds": [round(second, 3) for second in theirs.cpu_seconds],
-        **machine(options.device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
+        **provenance(options.device),
         "seed": options.seed,
     }
     print(f"{'':12}{'tokens/s':>12}{'median s':>12}{'spread s':>18}{'CPU s':>12}{'peak KV MB':>14}")

@@ -11,14 +11,13 @@ import argparse
 import json
 import math
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -159,21 +158,6 @@ def show(console: Console, title: str, lines: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def versions() -> dict[str, str]:
-    """What the row was measured with."""
-    import torch
-    import transformers
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,7 +193,7 @@ def main() -> None:
                 console.print(f"level {level}: {', '.join(shares)}", highlight=False)
             if not args.dry:
                 row = {"bench": "reference", "family": family, "level": args.level, "count": len(problems)}
-                row |= {"seed": args.seed, "settings": settings, **versions(), "lines": lines, "by_level": by_level}
+                row |= {"seed": args.seed, "settings": settings, **provenance(), "lines": lines, "by_level": by_level}
                 RESULTS.parent.mkdir(exist_ok=True)
                 with RESULTS.open("a") as out:
                     out.write(json.dumps(row) + "\n")

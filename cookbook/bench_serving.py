@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ from random import Random
 import numpy as np
 import torch
 import transformers
-from bench_decode import commit, machine
 from numpy.typing import NDArray
+from provenance import provenance
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from ets_engine import ETSEngine, SearchConfig
@@ -215,16 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
         engine.search_many(problems[:4], SearchConfig(width=4))
         for width in options.widths:
             row = bench(engine, problems, width, min(options.peer_searches, len(problems)), options.repeats)
-            row |= {
-                "bench": "serving",
-                **machine("cpu"),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "commit": commit(),
-                "seed": options.seed,
-            }
+            row |= {"bench": "serving", **provenance(), "seed": options.seed}
             rows.append(row)
             print(
                 f"width {width}: {row['speedup_over_generate']} x the searches per second of generate; "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import threading
 import time
@@ -24,8 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-import torch
-from bench_decode import commit, machine
+from provenance import provenance
 
 from ets_engine import EngineConfig, ETSEngine, ETSError, QueueFullError, SearchConfig, SearchResult
 from ets_engine.config import Strategy
@@ -196,8 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     options = parser.parse_args(arguments)
     row: dict[str, object] = {"bench": "soak", **soak(options.searches, options.seed)}
     row |= try_bad_inputs(options.inputs, options.seed)
-    row |= {**machine("cpu"), "python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
-    row["seed"] = options.seed
+    row |= {**provenance(), "seed": options.seed}
     for name, value in row.items():
         print(f"{name}: {value}")
     if options.searches >= 1000:

@@ -30,7 +30,7 @@ class PrefixCache:
 
     Args:
         tree: Where their KV lies.
-        max_tokens: Most tokens remembered; more are forgotten at once, unless searches use them. 0 = remember nothing.
+        max_tokens: Most tokens remembered; a prompt for which searches leave no room is not. 0 = remember nothing.
 
     Example:
         >>> from ets_engine.kv.pool import KVPool, LayerShape
@@ -79,14 +79,15 @@ class PrefixCache:
         whole = len(ids) // page * page
         known = tree.prefix_tokens(leaf)
         found, matched = self._match(ids[:whole])
-        if self._max_tokens < whole or matched != known or known == whole:
-            return known  # nothing new, or somebody else remembered the same meanwhile
+        if whole > self._max_tokens or matched != known or known == whole:
+            return known  # too long, or nothing new, or somebody else remembered the same meanwhile
+        while self.num_tokens + whole - known > self._max_tokens:
+            if not self.forget_one():  # what this prompt begins with is in use, by its leaf
+                return known
         handle = tree.split(leaf, whole - known)
         new = _Prefix(tuple(ids[known:whole]), handle, found, used=self._clock)
         (self._first if found is None else found.below)[new.ids[:page]] = new
         self.num_tokens += len(new.ids)
-        while self.num_tokens > self._max_tokens and self.forget_one():
-            pass
         return whole
 
     def forget_one(self) -> bool:

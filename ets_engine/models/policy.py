@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ets_engine.config import SearchConfig
 from ets_engine.errors import PoolExhaustedError
 from ets_engine.models.formats import PolicyFormat
+from ets_engine.models.paths import ancestors
 from ets_engine.runtime import Branch, DecodeUsage, FinishedBranch, Leaf, SamplingParams, StepDecoder, StopRules
 from ets_engine.types import Step, StopReason
 
@@ -139,7 +140,7 @@ class TreePolicy:
             if node not in kept:
                 self._decoder.release(leaf)
         self._leaves = kept
-        self._paths = {node: self._paths[node] for node in self._ancestors(kept)}
+        self._paths = {node: self._paths[node] for node in ancestors(kept, self._paths)}
 
     def drop(self) -> None:
         """Free all KV for now; steps that are not decoded yet begin anew after `restore`."""
@@ -159,7 +160,7 @@ class TreePolicy:
         open_nodes = set(self._dropped) - closed
         built: dict[int, Leaf] = {}
         try:
-            for node in sorted(self._ancestors(open_nodes)):  # a node's id is above its parent's
+            for node in ancestors(open_nodes, self._paths):
                 parent, ids = self._paths[node]
                 if parent >= 0:
                     built[node] = self._decoder.follow(built[parent], ids)
@@ -179,16 +180,7 @@ class TreePolicy:
     @property
     def dropped_tokens(self) -> int:
         """Tokens that `restore` would read (count)."""
-        return sum(len(self._paths[node][1]) for node in self._ancestors(self._dropped))
-
-    def _ancestors(self, nodes: Iterable[int]) -> set[int]:
-        """These nodes and all above them."""
-        found: set[int] = set()
-        for node in nodes:
-            while node >= 0 and node not in found:
-                found.add(node)
-                node = self._paths[node][0]
-        return found
+        return sum(len(self._paths[node][1]) for node in ancestors(self._dropped, self._paths))
 
     def embed(self, nodes: Sequence[int], texts: Sequence[str]) -> NDArray[np.float32]:
         """Mean of the policy's last hidden states over each step. Shape [L, hidden]."""

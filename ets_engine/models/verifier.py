@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.models.formats import PrmFormat
+from ets_engine.models.paths import ancestors
 from ets_engine.runtime import Runner
 
 StepScorer = Callable[[str, Sequence[str]], float]
@@ -104,7 +105,7 @@ class PrmVerifier:
         tree, prefixes = self._runner.tree, self._runner.prefixes
         opened: dict[int, int] = {}
         try:
-            for node in sorted(self._ancestors(missing)):  # a node's id is above its parent's
+            for node in ancestors(missing, self._paths):
                 parent, ids = self._paths[node]
                 if parent >= 0:
                     opened[node] = tree.fork(opened[parent])
@@ -156,7 +157,7 @@ class PrmVerifier:
         for node in self._handles.keys() - kept:
             self._runner.tree.release(self._handles.pop(node))
         self._ends = kept
-        self._paths = {node: self._paths[node] for node in self._ancestors(kept)}
+        self._paths = {node: self._paths[node] for node in ancestors(kept, self._paths)}
 
     def drop(self) -> None:
         """Free all KV for now; it is computed again when it is needed."""
@@ -182,15 +183,6 @@ class PrmVerifier:
     def runner(self) -> Runner:
         """The PRM's, shared with other searches."""
         return self._runner
-
-    def _ancestors(self, nodes: Iterable[int]) -> set[int]:
-        """These nodes and all above them."""
-        found: set[int] = set()
-        for node in nodes:
-            while node >= 0 and node not in found:
-                found.add(node)
-                node = self._paths[node][0]
-        return found
 
 
 ScoreRequest = tuple[PrmVerifier, Sequence[int], Sequence[int], Sequence[str]]

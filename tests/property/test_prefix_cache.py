@@ -66,8 +66,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         for leaf, ids in self.leaves.items():
             assert self.path_ids(leaf) == ids, "no search loses a token of its prompt"
+        assert self.cache.num_tokens <= MAX_TOKENS
         if not self.leaves:
-            assert self.cache.num_tokens == self.tree.resident_tokens <= MAX_TOKENS
+            assert self.cache.num_tokens == self.tree.resident_tokens
 
     def teardown(self) -> None:
         for leaf in self.leaves:
