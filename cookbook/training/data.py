@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from random import Random
 
 import torch
@@ -10,9 +11,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ets_engine.reference.corruptions import corrupt
+from ets_engine.reference import countdown, story
+from ets_engine.reference.corruptions import corrupt, legal_moves
 from ets_engine.reference.problems import FAMILIES, ReferenceProblem, draw, label_steps
-from ets_engine.reference.story import ITEMS, NAMES
 
 TRAIN_LEVELS = {"countdown": (4, 5, 6), "story": tuple(range(1, 11))}
 Judged = tuple[str, list[str], list[bool]]  # a problem, the lines of a solution, whether all is right up to each line
@@ -73,6 +74,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         (self.newline,) = self("\n")
+        self.pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
 
     def __call__(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -92,8 +94,15 @@ class Encoder:
             marks += [-100] * (len(step) - 1) + [int(label)]
         return ids, marks
 
+    def prefix(self, ids: list[int], start: int, text: str) -> int:
+        """How many of the ids from `start` on `text` begins with."""
+        count, told = 0, ""
+        while start + count < len(ids) and text.startswith(told := told + self.pieces[ids[start + count]]):
+            count += 1
+        return count
 
-def pad(rows: list[list[int]], value: int, multiple: int = 16) -> Tensor:
+
+def pad(rows: list[list[int]], value: int, multiple: int = 8) -> Tensor:
     """Right-padded rows. Shape [B, T], T a multiple of `multiple`."""
     length = -(-max(map(len, rows)) // multiple) * multiple
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
@@ -114,8 +123,8 @@ def drill_batch(rng: Random, encode: Encoder, num_tokens: int) -> tuple[Tensor, 
     """
 
     def recall() -> tuple[list[int], int]:
-        numbers = {name: rng.randint(3, 999) for name in rng.sample(NAMES, rng.randint(2, 8))}
-        item = rng.choice(ITEMS)
+        numbers = {name: rng.randint(3, 999) for name in rng.sample(story.NAMES, rng.randint(2, 8))}
+        item = rng.choice(story.ITEMS)
         told = " ".join(f"{name} has {number} {item}." for name, number in numbers.items())
         asked = [rng.choice(list(numbers)) for _ in range(20)]
         prompt = [encode.bos, *encode(f"Some friends compare what they have. {told}\n")]
@@ -154,21 +163,69 @@ def shorten(rng: Random, sample: Judged) -> Judged:
     return problem, lines[:kept], labels[:kept]
 
 
-def verifier_batch(encode: Encoder, samples: Iterator[Judged], num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """About `num_tokens` tokens of labelled solutions.
+def candidates(problem: str, lines: list[str]) -> list[str]:
+    """Every line that might be right after right lines, the numbers that a countdown move leaves in order."""
+    if parsed := countdown.parse(problem):
+        return [
+            move.render() for move in legal_moves(countdown.walk(parsed, lines)[-1][1] if lines else parsed.numbers)
+        ]
+    told = story.parse(problem)
+    assert told is not None
+    return story.all_lines(told)
+
+
+def slip_at(problem: str, lines: list[str]) -> int:
+    """How many characters of the last line, the first wrong one, can still become a right line."""
+    *before, wrong = lines
+    shared = [(_count_shared(wrong + "\n", line + "\n"), line) for line in candidates(problem, before)]
+    right = (count for count, line in sorted(shared, reverse=True) if label_steps(problem, [*before, line])[-1])
+    return next(right, 0)
+
+
+def _count_shared(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def verifier_batches(
+    encode: Encoder, samples: Iterator[Judged], num_tokens: int, count: int
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Batches of about `num_tokens` tokens of labelled solutions, of about the same length within each: little padding.
 
     Returns:
-        Ids, step labels (-100 = not read) and next-token targets (-100 = no loss), which only the right lines have:
-        they keep the arithmetic that the policy's weights brought along. Each of shape [B, T].
+        `count` batches, in order of length. Each: ids; step labels (-100 = not read); token labels, whether the line
+        can still become a right one (-100 after the first wrong line): where a step goes wrong, not just that it did;
+        next-token targets (-100 = no loss), which only the right lines have: they keep the arithmetic that the policy's
+        weights brought along. Each of shape [B, T].
     """
-    drawn: list[tuple[list[int], list[int]]] = []
-    while not drawn or len(drawn) * max(len(ids) for ids, _ in drawn) < num_tokens:
-        drawn.append(encode.judged(*next(samples)))
-    targets: list[list[int]] = []
-    for ids, marks in drawn:
-        wrong = marks.index(0) if 0 in marks else len(marks)
-        right = max((i for i, mark in enumerate(marks[:wrong]) if mark == 1), default=-1)
-        start = len(ids) if right < 0 else ids.index(encode.newline) + 1
-        targets.append([-100] * start + ids[start : right + 1] + [-100] * (len(ids) - max(start, right + 1)))
-    rows, labels = [ids for ids, _ in drawn], [marks for _, marks in drawn]
-    return pad(rows, encode.pad), pad(labels, -100), pad(targets, -100)
+    rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
+    total = 0
+    while total < count * num_tokens:
+        rows.append(_verifier_row(encode, *next(samples)))
+        total += len(rows[-1][0])
+    rows.sort(key=lambda row: len(row[0]))
+    batches: list[list[tuple[list[int], list[int], list[int], list[int]]]] = [[] for _ in range(count)]
+    seen = 0
+    for row in rows:
+        batches[min(seen * count // total, count - 1)].append(row)
+        seen += len(row[0])
+    fill = (encode.pad, -100, -100, -100)
+    return [tuple(pad([row[i] for row in batch], fill[i]) for i in range(4)) for batch in batches]
+
+
+def _verifier_row(
+    encode: Encoder, problem: str, lines: list[str], labels: list[bool]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    ids, marks = encode.judged(problem, lines, labels)
+    begin = ids.index(encode.newline) + 1
+    tokens, targets = [-100] * len(ids), [-100] * len(ids)
+    ends = [i for i, mark in enumerate(marks) if mark >= 0]
+    num_right = labels.index(False) if False in labels else len(labels)
+    right_end = ends[num_right - 1] + 1 if num_right else begin
+    targets[begin:right_end] = ids[begin:right_end]
+    tokens[begin:right_end] = [1] * (right_end - begin)
+    if num_right < len(lines):
+        length = ends[num_right] + 1 - right_end
+        wrong = lines[num_right]
+        good = encode.prefix(ids, right_end, wrong[: slip_at(problem, lines[: num_right + 1])])
+        tokens[right_end : right_end + length] = [1] * good + [0] * (length - good)
+    return ids, marks, tokens, targets

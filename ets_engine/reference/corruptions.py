@@ -34,7 +34,7 @@ def corrupt_countdown(rng: Random, problem: CountdownProblem, lines: Sequence[st
     state = walk(problem, out)[-1][1] if out else problem.numbers
     kind = rng.choice(("legal", "legal", "result", "rest", "twice"))
     while len(state) > 1 and len(out) < len(problem.numbers) - 1:
-        options = _options(state)
+        options = legal_moves(state)
         if not options:
             break
         if len(state) == 2:
@@ -49,7 +49,7 @@ def corrupt_countdown(rng: Random, problem: CountdownProblem, lines: Sequence[st
     return out
 
 
-def _options(state: Sequence[int]) -> list[Move]:
+def legal_moves(state: Sequence[int]) -> list[Move]:
     """Every legal move of a state, the larger number first where order does not matter."""
     return [
         Move(a, op, b, result, merge(state, a, b, result))

@@ -401,6 +401,18 @@ def check_steps(problem: StoryProblem, lines: Sequence[str]) -> list[bool]:
     return out
 
 
+def all_lines(problem: StoryProblem) -> list[str]:
+    """Every line that is right somewhere in some solution, and each of them with the answer after it."""
+    values = problem.values()
+    lines = [
+        tell_step(name, way, values)
+        for name, quantity in problem.quantities.items()
+        if quantity.op
+        for way in _ways(quantity)
+    ] + tell_totals(problem.asked, values)
+    return [line + end for line in lines for end in ("", f". Answer: {problem.answer()}")]
+
+
 def claimed(line: str) -> str:
     """Whose number a line works out ("total" for a sum); empty when it says nobody's."""
     match = _SUBJECT.match(line)
@@ -413,10 +425,14 @@ def _defines(problem: StoryProblem, known: set[str], values: Mapping[str, int], 
         return False
     if any(isinstance(side, str) and side not in known for side in (quantity.left, quantity.right)):
         return False
-    ways = [quantity]
+    return body in [tell_step(name, way, values) for way in _ways(quantity)]
+
+
+def _ways(quantity: Quantity) -> list[Quantity]:
+    """The quantity, and with its two people swapped where that changes nothing."""
     if quantity.op == "+" and isinstance(quantity.right, str):
-        ways.append(replace(quantity, left=quantity.right, right=quantity.left))
-    return body in [tell_step(name, way, values) for way in ways]
+        return [quantity, replace(quantity, left=quantity.right, right=quantity.left)]
+    return [quantity]
 
 
 def answer(lines: Sequence[str]) -> str | None:
