@@ -43,6 +43,11 @@ class AttentionLayout(Protocol):
         ...
 
     @property
+    def tail_blocks(self) -> Sequence[tuple[int, int, int]]:
+        """First row, row after the last and longest tail of rows that are read together; all rows in order."""
+        ...
+
+    @property
     def tail_causal(self) -> bool:
         """Whether the tail is the queries themselves, each seeing itself and those before it."""
         ...
@@ -88,6 +93,7 @@ def tree_attention(
             `segments`: `slots` ([U], or a slice) seen by all of `queries` ([R] in 0..T-1, None = every query);
             `tail_slots` [B, L]: the rest of each row's path, in order, seen according to `tail_bias`
             (additive, [B, 1, Q, L]), or causally when `tail_causal` (then L = Q), or wholly;
+            `tail_blocks`: rows whose tails are gathered together, cut to the longest of them;
             `query_index` [B, Q] and `packed_index` [T] map packed to padded queries and back, None = T is B x Q.
         scale: Factor on the scores, usually D**-0.5.
         implementation: "reference" is the slow specification; "auto" is "eager" until a kernel fits the device.

@@ -76,24 +76,51 @@ def _shared(grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sca
 
 
 def _tail(grouped: torch.Tensor, cache: torch.Tensor, layout: AttentionLayout, scale: float) -> Partial:
-    """Each row's queries over its own tail: [T, K, G, D] and [T, K, G]; in fp32 where that is faster."""
-    num_rows, num_queries = layout.num_rows, layout.num_queries
-    _, kv_heads, group, dim = grouped.shape
-    part = cache.index_select(0, layout.tail_slots.flatten()).view(num_rows, -1, 2, kv_heads, dim)
-    if num_queries == 1 and part.device.type == "cpu" and part.dtype.itemsize == 2:
-        grouped, part = grouped.float(), part.float()
-    keys, values = part.permute(2, 0, 3, 1, 4).unbind()  # each [B, K, L, D]
-    if num_queries == 1:  # decoding: the head group takes the place of the queries
-        bias = None if layout.tail_bias is None else layout.tail_bias.expand(-1, -1, group, -1)
-        return attend(grouped, keys, values, scale, bias)
+    """Each row's queries over its own tail, block by block: [T, K, G, D] and [T, K, G]."""
     padded = grouped if layout.query_index is None else grouped[layout.query_index.view(-1)]
-    padded = padded.view(num_rows, num_queries, kv_heads, group, dim).permute(3, 0, 2, 1, 4)  # [G, B, K, Q, D]
-    parts = [attend(one, keys, values, scale, layout.tail_bias, layout.tail_causal) for one in padded]
-    output = torch.stack([part[0] for part in parts], -2)  # [B, K, Q, G, D]
-    lse = torch.stack([part[1] for part in parts], -1)  # [B, K, Q, G]
-    output = output.transpose(1, 2).reshape(num_rows * num_queries, kv_heads, group, dim)
-    lse = lse.transpose(1, 2).reshape(num_rows * num_queries, kv_heads, group)
+    padded = padded.view(layout.num_rows, layout.num_queries, *grouped.shape[1:])
+    blocks: list[Partial] = []
+    for start, stop, length in layout.tail_blocks:
+        bias = None if layout.tail_bias is None else layout.tail_bias[start:stop, ..., :length]
+        slots = layout.tail_slots[start:stop, :length]
+        blocks.append(_block(padded[start:stop], cache, slots, bias, scale, layout.tail_causal))
+    output, lse = blocks[0] if len(blocks) == 1 else map(torch.cat, zip(*blocks, strict=True))
     return (output, lse) if layout.packed_index is None else (output[layout.packed_index], lse[layout.packed_index])
+
+
+def _block(
+    padded: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+) -> Partial:
+    """Some rows' queries over their tails; decoding in fp32 where that is faster.
+
+    Args:
+        padded: Queries by row, KV head and group. Shape [b, Q, K, G, D].
+        cache: Shape [S, 2, K, D].
+        slots: The rows' tails. Shape [b, L].
+        bias: See `TreeLayout.tail_bias`. Shape [b, 1, Q, L].
+        scale: Factor on the scores.
+        causal: See `TreeLayout.tail_causal`.
+
+    Returns:
+        [b * Q, K, G, D] and [b * Q, K, G].
+    """
+    rows, num_queries, kv_heads, group, dim = padded.shape
+    part = cache.index_select(0, slots.flatten()).view(rows, -1, 2, kv_heads, dim)
+    if num_queries == 1 and part.device.type == "cpu" and part.dtype.itemsize == 2:
+        padded, part = padded.float(), part.float()
+    keys, values = part.permute(2, 0, 3, 1, 4).unbind()  # each [b, K, L, D]
+    if num_queries == 1:  # decoding: the head group takes the place of the queries
+        return attend(padded[:, 0], keys, values, scale, None if bias is None else bias.expand(-1, -1, group, -1))
+    parts = [attend(one, keys, values, scale, bias, causal) for one in padded.permute(3, 0, 2, 1, 4)]  # [b, K, Q, D]
+    output = torch.stack([part[0] for part in parts], -2)  # [b, K, Q, G, D]
+    lse = torch.stack([part[1] for part in parts], -1)  # [b, K, Q, G]
+    output = output.transpose(1, 2).reshape(rows * num_queries, kv_heads, group, dim)
+    return output, lse.transpose(1, 2).reshape(rows * num_queries, kv_heads, group)
 
 
 def _read(cache: torch.Tensor, slots: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,7 +50,11 @@ def random_batch(
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("min_saved_tokens", [0, 8, 10**9])
 @pytest.mark.parametrize("decoding", [False, True])
-def test_fast_attention_equals_the_specification(seed: int, min_saved_tokens: int, decoding: bool) -> None:
+@pytest.mark.parametrize("block_numbers", [0, 400, 1 << 19])
+def test_fast_attention_equals_the_specification(
+    seed: int, min_saved_tokens: int, decoding: bool, block_numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ets_engine.kv.layout.BLOCK_NUMBERS", block_numbers)
     kv_heads, heads = (1, 4) if seed % 3 == 0 else (2, 6) if seed % 3 == 1 else (3, 3)
     cache, layout, paths = random_batch(seed, kv_heads, min_saved_tokens, decoding)
     assert [sorted(slots) for slots in visible_slots(layout)] == [sorted(slots) for slots in paths]

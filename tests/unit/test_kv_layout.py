@@ -78,6 +78,16 @@ def test_a_prompt_reads_itself_causally_and_its_next_chunk_reads_it_in_place() -
     assert second.write_slots == slice(5, 9) and second.position_ids.tolist() == [5, 6, 7, 8]
 
 
+def test_tails_are_read_by_blocks_that_fit_and_no_longer_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ets_engine.kv.layout.BLOCK_NUMBERS", 16 * 6)  # 6 tokens of 16 numbers
+    tree = PrefixTree(KVPool([LayerShape(1, 8)], page_tokens=4))
+    leaves = [tree.root() for _ in range(5)]
+    for leaf, count in zip(leaves, (2, 3, 1, 9, 1), strict=True):
+        tree.append(leaf, count)
+    layout = LayoutBuilder(tree).build([Row(leaf, tree.num_tokens(leaf) - 1, 1) for leaf in leaves])
+    assert layout.tail_blocks == ((0, 2, 3), (2, 3, 1), (3, 4, 9), (4, 5, 1))
+
+
 def test_grown_layouts_equal_layouts_built_afresh() -> None:
     """Decoding reuses the last plan; 40 tokens pass page ends and the growth of the tail array."""
     tree, prompt, left, right = small_tree()
@@ -88,6 +98,7 @@ def test_grown_layouts_equal_layouts_built_afresh() -> None:
         for row in rows:
             tree.append(row.handle, 1)
         grown, fresh = builder.build(rows), LayoutBuilder(tree, min_saved_tokens=6).build(rows)
+        assert grown.tail_blocks == fresh.tail_blocks
         for name in ("position_ids", "write_slots", "tail_slots", "last_index"):
             assert getattr(grown, name).tolist() == getattr(fresh, name).tolist(), (step, name)
         assert visible_slots(grown) == visible_slots(fresh)
