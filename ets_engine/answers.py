@@ -81,7 +81,7 @@ def same_answer(left: str, right: str) -> bool:
         >>> same_answer("12", "21"), same_answer("(1,2)", "(2,1)")
         (False, False)
     """
-    whole = _normal(left), _normal(right)
+    whole = normal_answer(left), normal_answer(right)
     first, second = map(_unnamed, whole)
     if first == second:
         return True
@@ -147,7 +147,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 @lru_cache(maxsize=10_000)
-def _normal(answer: str) -> str:
+def normal_answer(answer: str) -> str:
     """The answer as everybody would write it."""
     answer = answer.strip()
     if len(answer) > 2 * _LONGEST:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -81,7 +82,7 @@ def _ets(
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """A group of commands, so that `solve` keeps its name while it is the only one."""
+    """Options of every command."""
 
 
 def _option(metavar: str, text: str, *, default: object = None) -> Any:
@@ -154,6 +155,131 @@ def solve(
         _show(result, as_json=json, tree=tree)
         if result.answer is None:
             _fail(_no_answer(result), EXIT_FAILURE)
+
+
+@app.command(short_help="Measure methods side by side on the same problems.")
+def bench(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go; a second run goes on from there.")],
+    data: Annotated[
+        str, _option("DATA", "countdown, story, or a JSONL file with problem and answer.", default="countdown")
+    ] = "countdown",
+    limit: Annotated[int | None, _option("COUNT", "Most problems.", default="200 of a family, all of a file")] = None,
+    data_seed: Annotated[int, _option("NUMBER", "Which fresh problems of a family.", default=2026)] = 2026,
+    model: Annotated[str, _option("NAME", "Model that proposes steps.", default="the shipped one")] = "reference",
+    verifier: Annotated[str | None, _option("NAME", "Model that scores steps.", default="the shipped one")] = None,
+    device: Annotated[str, _option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
+    strategies: Annotated[
+        str, _option("NAMES", "Search strategies, comma-separated, or all.", default="greedy,best_of_n,rebase,ets")
+    ] = "greedy,best_of_n,rebase,ets",
+    widths: Annotated[str, _option("COUNTS", "Trajectories kept alive, comma-separated.", default="16")] = "16",
+    seeds: Annotated[int, _option("COUNT", "How often each problem is solved.", default=1)] = 1,
+    concurrency: Annotated[int, _option("COUNT", "Searches in flight while accuracy is measured.", default=16)] = 16,
+    latency_problems: Annotated[
+        int, _option("COUNT", "Problems searched again one at a time, for latency.", default=20)
+    ] = 20,
+    mode: Annotated[
+        str, _option("NAME", "How answers are compared: math, numeric, choice or exact.", default="math")
+    ] = "math",
+    setting: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other search setting, e.g. lambda_b=0.5.")
+    ] = None,
+) -> None:
+    """Measure accuracy, KV, bandwidth and latency of search methods on the same problems and seeds.
+
+    Writes results.jsonl (a line per search) and summary.json into FOLDER. Interrupted, it goes on where it stopped.
+
+    Exit codes: 0 measured, 1 a failure, 2 bad usage, 130 aborted.
+    """
+    with _one_line_errors():
+        from rich.console import Console
+
+        from ets_engine.config import EngineConfig, SearchConfig
+        from ets_engine.evaluation.methods import STRATEGIES
+        from ets_engine.evaluation.session import Comparison, compare
+        from ets_engine.evaluation.table import summary_view
+        from ets_engine.terminal import BenchProgress
+
+        _quiet_libraries(is_terminal=sys.stderr.isatty())
+        asked = Comparison(
+            out=out,
+            model=model,
+            verifier=verifier,
+            engine=EngineConfig(device=device),
+            data=data,
+            limit=limit,
+            data_seed=data_seed,
+            strategies=STRATEGIES if strategies == "all" else _names(strategies),
+            widths=[_count(width, "--widths") for width in _names(widths)],
+            seeds=seeds,
+            mode=mode,  # type: ignore[arg-type]
+            concurrency=concurrency,
+            latency_problems=latency_problems,
+            base=SearchConfig(**dict(map(_pair, setting or ()))),
+        )
+        with BenchProgress(Console(stderr=True, highlight=False)) as progress:
+            summary = compare(asked, progress.start, lambda result, record: progress.advance(record.method))
+        Console(highlight=False).print(summary_view(summary))
+
+
+@app.command(short_help="Check that a file's own answers are understood.")
+def grade(
+    data: Annotated[str, typer.Argument(metavar="FILE", help="JSONL with problem, answer and worked solution.")],
+    mode: Annotated[
+        str, _option("NAME", "How answers are compared: math, numeric, choice or exact.", default="math")
+    ] = "math",
+    limit: Annotated[int | None, _option("COUNT", "Most problems.", default="all")] = None,
+    least: Annotated[float, _option("SHARE", "Share of problems below which this fails.", default=0.99)] = 0.99,
+) -> None:
+    """Find the answer in every worked solution of FILE, grade it, and grade an answer of another problem as well.
+
+    Exit codes: 0 at least SHARE of each is graded as it should be, 1 less is, 2 bad usage.
+    """
+    with _one_line_errors():
+        from ets_engine.evaluation.problems import load_problems
+        from ets_engine.evaluation.session import check_gold
+
+        found = check_gold(load_problems(data, limit=limit), mode)  # type: ignore[arg-type]
+        right = found.problems - len(found.unread) - len(found.wrong)
+        typer.echo(f"{right} of {found.problems} own answers are found and right")
+        typer.echo(f"{found.problems - len(found.confused)} of {found.problems} other problems' answers are refused")
+        for name, ids in (("no answer found", found.unread), ("wrong", found.wrong), ("not refused", found.confused)):
+            if ids:
+                typer.echo(f"{name}: {', '.join(ids)}")
+        if min(right, found.problems - len(found.confused)) < least * found.problems:
+            _fail(f"less than {least:.0%} of {data} is graded as it should be", EXIT_FAILURE)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _count(text: str, option: str) -> int:
+    """A whole number.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is no whole number") from None
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """A setting's name and its value, read as JSON where it is JSON.
+
+    Raises:
+        ConfigError: There is no `=`, or an option of its own decides it.
+    """
+    from json import JSONDecodeError, loads
+
+    name, equals, value = text.partition("=")
+    if not equals or name in ("strategy", "width", "seed", "trace", "n_candidates", "vote"):
+        raise ConfigError(f"--setting {text!r}: give NAME=VALUE, NAME not one of the options")
+    try:
+        return name, loads(value)
+    except JSONDecodeError:
+        return name, value
 
 
 def _search_config(given: dict[str, Any]) -> SearchConfig:

@@ -46,6 +46,9 @@ class ETSEngine:
         key: What `get_engine` makes it from again, None = it cannot be pickled.
         max_queued_searches: As in `EngineConfig`.
 
+    Attributes:
+        num_parameters: Of the policy and of the PRM (counts).
+
     Example:
         >>> with ETSEngine.from_pretrained("reference") as engine:
         ...     result = engine.search("Use 4, 6, 10 and 19 to make 16.", SearchConfig(width=16, seed=0))
@@ -78,6 +81,7 @@ class ETSEngine:
 
         models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, verifier)
         self._worker = Worker(models, finish, max_queued_searches)
+        self.num_parameters = policy.num_parameters, verifier[0].num_parameters if verifier else 0
         weakref.finalize(self, self._worker.close, wait=False).atexit = False
 
     @classmethod

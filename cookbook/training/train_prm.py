@@ -14,7 +14,6 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from data import Encoder, Judged, corrupted, shorten, verifier_batches
@@ -22,7 +21,7 @@ from optim import has_fast_bf16, make_optimizers, resume, save, set_lr, update
 
 LANGUAGE_WEIGHT = 0.2  # of predicting right steps, beside judging them
 TOKEN_WEIGHT = 0.5  # of judging every token
-GROUP = 8  # batches drawn together, then told apart by length
+PARTS = 4  # of a batch, by length: little padding; whole batches of short rows would be almost all wrong ones
 
 
 def read_rollouts(path: Path) -> dict[str, list[Judged]]:
@@ -72,28 +71,33 @@ def main() -> None:
     body = torch.compile(model.model, dynamic=True)
     embedding = model.get_input_embeddings().weight
     began = time.time() - seconds
-    drawn: dict[str, list[tuple[Tensor, ...]]] = {}
     for step in range(start, args.steps):
         set_lr(optimizers, args.lr, step, args.steps)
         report: dict[str, float] = {}
         for family, num_tokens in zip(("countdown", "story"), args.tokens, strict=True):
-            if step % GROUP == 0 or step == start:
-                rng = Random(f"prm/{args.seed}/{step // GROUP}/{family}")
-                drawn[family] = verifier_batches(encode, draw_samples(rng, family, rollouts[family]), num_tokens, GROUP)
-                rng.shuffle(drawn[family])
-            ids, steps, tokens, targets = (part.to(args.device) for part in drawn[family][step % GROUP])
-            with torch.autocast(args.device, dtype=torch.bfloat16, enabled=has_fast_bf16(args.device)):
-                hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-            told = targets[:, 1:] >= 0
-            words = hidden[:, :-1][told].float() @ embedding.T
-            judged, every = model.score(hidden[steps >= 0].float()), model.score(hidden[tokens >= 0].float())
-            loss = F.cross_entropy(judged, steps[steps >= 0])
-            by_token = F.cross_entropy(every, tokens[tokens >= 0])
-            language = F.cross_entropy(words, targets[:, 1:][told])
-            ((loss + TOKEN_WEIGHT * by_token + LANGUAGE_WEIGHT * language) / 2).backward()
-            right = (judged.argmax(-1) == steps[steps >= 0]).float().mean().item()
-            report |= {family: round(loss.item(), 4), f"{family}_accuracy": round(right, 4)}
-            report |= {f"{family}_token": round(by_token.item(), 4), f"{family}_language": round(language.item(), 4)}
+            samples = draw_samples(Random(f"prm/{args.seed}/{step}/{family}"), family, rollouts[family])
+            parts = verifier_batches(encode, samples, num_tokens // PARTS, PARTS)
+            totals = [sum(int((part[i] >= 0).sum()) for part in parts) for i in (1, 2, 3)]
+            sums = torch.zeros(4)
+            for part in parts:
+                ids, steps, tokens, targets = (one.to(args.device) for one in part)
+                with torch.autocast(args.device, dtype=torch.bfloat16, enabled=has_fast_bf16(args.device)):
+                    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+                told = targets[:, 1:] >= 0
+                words = hidden[:, :-1][told].float() @ embedding.T
+                judged, every = model.score(hidden[steps >= 0].float()), model.score(hidden[tokens >= 0].float())
+                losses = torch.stack(
+                    [
+                        F.cross_entropy(judged, steps[steps >= 0], reduction="sum") / totals[0],
+                        F.cross_entropy(every, tokens[tokens >= 0], reduction="sum") / totals[1],
+                        F.cross_entropy(words, targets[:, 1:][told], reduction="sum") / totals[2],
+                    ]
+                )
+                (losses @ torch.tensor([1.0, TOKEN_WEIGHT, LANGUAGE_WEIGHT], device=args.device) / 2).backward()
+                right = (judged.argmax(-1) == steps[steps >= 0]).sum() / totals[0]
+                sums += torch.cat([losses.detach(), right[None]]).cpu()
+            names = (family, f"{family}_token", f"{family}_language", f"{family}_accuracy")
+            report |= dict(zip(names, (round(value, 4) for value in sums.tolist()), strict=True))
         update(model, optimizers)
         if (step + 1) % 25 == 0:
             print(json.dumps({"step": step + 1, "s": round(time.time() - began), **report}), flush=True)

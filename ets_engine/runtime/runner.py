@@ -111,6 +111,11 @@ class Runner:
             self.stats = RunnerStats()
 
     @property
+    def num_parameters(self) -> int:
+        """Of the model with its head, shared ones once (count)."""
+        return self.model.num_parameters()
+
+    @property
     def bytes_per_token(self) -> int:
         """KV of one token over all layers (bytes)."""
         return self.tree.pool.bytes_per_token

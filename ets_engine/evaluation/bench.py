@@ -1,0 +1,211 @@
+"""Runs methods over problems on one engine and writes down what came out; it judges nothing about the figures."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from threading import Event
+
+from ets_engine.config import SearchConfig, Vote
+from ets_engine.errors import ConfigError, ETSError
+from ets_engine.evaluation.grading import Mode, grade
+from ets_engine.evaluation.methods import Method
+from ets_engine.evaluation.problems import EvalProblem
+from ets_engine.evaluation.records import Outcome, Pass, Record, Results
+from ets_engine.service import ETSEngine
+from ets_engine.types import Candidate, SearchResult
+
+OnResult = Callable[[SearchResult, Record], None]
+"""Called with every search that came to its end."""
+
+_RANK: dict[Vote, Callable[[Candidate], tuple[float, float]]] = {
+    "majority": lambda one: (one.votes, one.weight),
+    "weighted": lambda one: (one.weight, one.score),
+    "best": lambda one: (one.score, one.weight),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One search that is to be measured."""
+
+    problem: EvalProblem
+    method: Method
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a comparison runs on.
+
+    Attributes:
+        engine: Models to search with; nothing else should use them meanwhile.
+        problems: The same for every method.
+        results: Where searches are written down.
+        base: Settings of every search, apart from strategy, width and seed.
+        seeds: Each method solves each problem once per seed.
+        mode: How answers are compared.
+        concurrency: Searches in flight while accuracy and KV are measured, >= 1.
+        latency_problems: With `concurrency` > 1, the first so many problems are searched again one at a time, all
+            methods in turn, for latency and bandwidth, >= 0.
+        on_result: Called with every search.
+
+    Raises:
+        ConfigError: A count is out of range.
+    """
+
+    engine: ETSEngine
+    problems: Sequence[EvalProblem]
+    results: Results
+    base: SearchConfig
+    seeds: Sequence[int] = (0,)
+    mode: Mode = "math"
+    concurrency: int = 1
+    latency_problems: int = 0
+    on_result: OnResult = lambda result, record: None
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1 or self.latency_problems < 0:
+            raise ConfigError(
+                f"concurrency={self.concurrency} and latency_problems={self.latency_problems}: need >= 1 and >= 0"
+            )
+
+    def run(self, methods: Sequence[Method]) -> None:
+        """Measure what is missing: each method over all problems, then latencies, methods in turn.
+
+        A search that fails is written down as such and stops nothing.
+
+        Raises:
+            KeyboardInterrupt: The running searches were stopped, and are not written down.
+        """
+        for method in methods:
+            for seed in self.seeds:
+                todo = self._missing([method], self.problems, seed, alone=self.concurrency == 1)
+                self._together(todo) if self.concurrency > 1 else self._alone(todo)
+        if self.concurrency > 1:
+            self._alone(self._missing(methods, self.problems[: self.latency_problems], self.seeds[0], alone=True))
+
+    def count(self, methods: Sequence[Method]) -> int:
+        """Searches that `run` would do now."""
+        alone = self.concurrency == 1
+        total = sum(len(self._missing(methods, self.problems, seed, alone=alone)) for seed in self.seeds)
+        first = self.problems[: self.latency_problems]
+        return total + (0 if alone else len(self._missing(methods, first, self.seeds[0], alone=True)))
+
+    def _missing(
+        self, methods: Sequence[Method], problems: Sequence[EvalProblem], seed: int, *, alone: bool
+    ) -> list[Job]:
+        return [
+            Job(problem, method, seed)
+            for problem in problems
+            for method in methods
+            if not self.results.has(problem.id, method.name, seed, alone=alone)
+        ]
+
+    def _submit(self, job: Job, cancel: Event) -> Future[SearchResult]:
+        try:
+            return self.engine.submit(job.problem.problem, job.method.config(self.base, job.seed), cancel=cancel)
+        except ETSError as error:
+            failed: Future[SearchResult] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _together(self, jobs: Sequence[Job]) -> None:
+        """Up to `concurrency` searches in flight; one pass."""
+        waiting, running, cancel = deque(jobs), dict[Future[SearchResult], Job](), Event()
+        began_s = time.perf_counter()
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.concurrency:
+                    job = waiting.popleft()
+                    running[self._submit(job, cancel)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._write(running.pop(future), future, self.concurrency)
+        finally:
+            cancel.set()
+        if jobs:
+            wall_s = time.perf_counter() - began_s
+            self.results.add(
+                Pass(method=jobs[0].method.name, concurrency=self.concurrency, searches=len(jobs), wall_s=wall_s)
+            )
+
+    def _alone(self, jobs: Sequence[Job]) -> None:
+        """One search after another."""
+        cancel = Event()
+        try:
+            for job in jobs:
+                future = self._submit(job, cancel)
+                wait([future])
+                self._write(job, future, 1)
+        finally:
+            cancel.set()
+
+    def _write(self, job: Job, future: Future[SearchResult], concurrency: int) -> None:
+        try:
+            result = future.result()
+        except Exception as error:
+            self.results.add(
+                Record(
+                    problem=job.problem.id,
+                    level=job.problem.level,
+                    method=job.method.name,
+                    seed=job.seed,
+                    concurrency=concurrency,
+                    error=f"{type(error).__name__}: {error}",
+                )
+            )
+            return
+        record = record_of(result, job, self.mode, concurrency, self.engine.num_parameters)
+        self.results.add(record)
+        self.on_result(result, record)
+
+
+def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_parameters: tuple[int, int]) -> Record:
+    """What is written down of one search.
+
+    Args:
+        result: Of the search, with all its candidates.
+        job: What was searched.
+        mode: How answers are compared.
+        concurrency: Searches in flight, this one included.
+        num_parameters: Of policy and verifier.
+    """
+    kv, prm = result.kv, result.verifier_kv
+    read = result.prompt_tokens - result.cached_prompt_tokens + result.generated_tokens
+    return Record(
+        problem=job.problem.id,
+        level=job.problem.level,
+        method=job.method.name,
+        seed=job.seed,
+        concurrency=concurrency,
+        outcomes={vote: _outcome(result, job.problem, vote, mode) for vote in job.method.votes},
+        any_right=any(grade(job.problem, one.answer, mode=mode).lenient for one in result.candidates),
+        mean_kv_tokens=kv.mean_tokens if kv else None,
+        peak_kv_tokens=kv.peak_tokens if kv else None,
+        kv_token_bytes=kv.bytes_per_token if kv else None,
+        published_kv_tokens=kv.published_tokens if kv else None,
+        sharing_ratio=kv.sharing_ratio if kv else None,
+        mean_prm_kv_tokens=prm.mean_tokens if prm else None,
+        peak_prm_kv_tokens=prm.peak_tokens if prm else None,
+        prm_kv_token_bytes=prm.bytes_per_token if prm else None,
+        generated_tokens=result.generated_tokens,
+        verifier_tokens=result.verifier_tokens,
+        prompt_tokens=result.prompt_tokens,
+        model_calls=result.timing.decode_steps,
+        flops=2.0 * (num_parameters[0] * read + num_parameters[1] * result.verifier_tokens),
+        wall_s=result.timing.wall_s,
+        model_s=result.timing.policy_s + result.timing.verifier_s,
+        select_s=result.timing.select_s,
+        bytes_moved=result.timing.bytes_moved,
+    )
+
+
+def _outcome(result: SearchResult, problem: EvalProblem, vote: Vote, mode: Mode) -> Outcome:
+    winner = max(result.candidates, key=_RANK[vote], default=None)
+    if winner is None:
+        return Outcome(answer=None, strict=False, lenient=False)
+    found = grade(problem, winner.answer, "".join(step.text for step in winner.steps), mode)
+    return Outcome(answer=winner.answer, strict=found.strict, lenient=found.lenient)

@@ -1,0 +1,271 @@
+"""Problems are read, answers graded, searches written down and summed up as the figures claim; without a model."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from ets_engine.errors import ConfigError
+from ets_engine.evaluation import (
+    EvalProblem,
+    Outcome,
+    Pass,
+    Record,
+    Results,
+    Settings,
+    grade,
+    load_problems,
+    methods_of,
+    read_results,
+    summarise,
+)
+from ets_engine.evaluation.session import check_gold
+from ets_engine.evaluation.statistics import bootstrap, rank_correlation
+from ets_engine.evaluation.table import summary_view
+
+SETTINGS = Settings(
+    model="m", verifier="v", data="d", search={"lambda_b": 1.0}, machine={"machine": "cpu"}, copy_gb_s=10.0
+)
+
+
+def problem(answer: str, **more: str) -> EvalProblem:
+    return EvalProblem(id="1", problem="?", answer=answer, **more)
+
+
+def record(problem: str, method: str, *, right: bool = True, concurrency: int = 4, **more: Any) -> Record:
+    votes = ("majority", "weighted", "best") if method.startswith("best_of_n") else ("weighted",)
+    outcomes = {vote: Outcome(answer="1", strict=right, lenient=right) for vote in votes}
+    fields: dict[str, Any] = {"level": "4", "seed": 0, "outcomes": outcomes, "any_right": right} | more
+    return Record(problem=problem, method=method, concurrency=concurrency, **fields)
+
+
+# ---------------------------------------------------------------- problems
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_fields_of_known_files_are_understood(tmp_path: Path) -> None:
+    gsm = {"question": "How many?", "answer": "2+2=<<2+2=4>>4\n#### 1,004", "idx": 7}
+    mathematics = {"problem": "x?", "solution": "So $\\boxed{\\frac12}$.", "answer": "\\frac12", "level": 3}
+    first, second = load_problems(write(tmp_path / "f.jsonl", gsm, "", mathematics))
+    assert (first.id, first.problem, first.answer) == ("7", "How many?", "1,004") and "2+2" in first.solution
+    assert (second.id, second.answer, second.level) == ("3", "\\frac12", "3")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["{"], ":1 is no JSON"),
+        ([[1]], ":1 is no JSON object"),
+        ([{"problem": "?"}], ":1 needs `problem`"),
+        ([{"problem": "?", "answer": None}], ":1 needs `problem`"),
+        ([{"problem": "?", "answer": 1, "id": 2}] * 2, "two problems have the id '2'"),
+        ([], "holds no problem"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_with_its_line(tmp_path: Path, rows: list[object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_problems(write(tmp_path / "f.jsonl", *rows))
+
+
+def test_unknown_data_and_limits_are_refused() -> None:
+    with pytest.raises(ConfigError, match="neither a file nor one of"):
+        load_problems("nowhere.jsonl")
+    with pytest.raises(ConfigError, match="limit=0"):
+        load_problems("countdown", limit=0)
+
+
+# ---------------------------------------------------------------- grading
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "mode", "strict", "lenient"),
+    [
+        ("1/2", "\\frac{1}{2}", "math", True, True),
+        ("1/2", "0.5", "math", False, True),
+        ("x+1", "1+x", "math", False, True),
+        ("12", "21", "math", False, False),
+        ("1,000", "1000", "numeric", True, True),
+        ("1000", "$1000.00", "numeric", False, True),
+        ("1000", "a thousand", "numeric", False, False),
+        ("B", "(b)", "choice", True, True),
+        ("B", "B. 12 apples", "choice", True, True),
+        ("B", "Because", "choice", False, False),
+        ("B", "C", "choice", False, False),
+        ("Paris", " paris", "exact", False, True),
+        ("Paris", "Paris.", "exact", False, False),
+    ],
+)
+def test_answers_are_compared_as_the_mode_says(gold: str, answer: str, mode: Any, strict: bool, lenient: bool) -> None:
+    assert grade(problem(gold), answer, mode=mode) == (strict, lenient)
+
+
+def test_the_exact_checker_decides_where_there_is_one() -> None:
+    given = EvalProblem(id="1", problem="Use 1, 2, 3 and 4 to make 10.", answer="((1+2)+3)+4", family="countdown")
+    right = "3+4=7 left 1 2 7\n2+7=9 left 1 9\n1+9=10"
+    assert grade(given, "((3+4)+2)+1", right) == (True, True)
+    assert grade(given, "((3+4)+2)+1", right.replace("left 1 2 7", "left 1 2 8")) == (False, True)
+    assert grade(given, "(3*4)-2", right) == (False, False), "an answer that leaves a number out"
+    assert grade(given, None, right) == (False, False)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ConfigError, match="mode='fuzzy'"):
+        grade(problem("1"), "1", mode="fuzzy")  # type: ignore[arg-type]
+
+
+def test_what_a_file_gets_wrong_about_itself_is_named() -> None:
+    good = EvalProblem(id="good", problem="?", answer="4", solution="so \\boxed{4}")
+    silent = EvalProblem(id="silent", problem="?", answer="5", solution="no idea")
+    off = EvalProblem(id="off", problem="?", answer="6", solution="\\boxed{7}")
+    found = check_gold([good, silent, off])
+    assert (found.problems, found.unread, found.wrong, found.confused) == (3, ("silent",), ("off",), ())
+    twins = [EvalProblem(id=str(i), problem="?", answer=one) for i, one in enumerate(("0.5", "1/2"))]
+    assert check_gold(twins).confused == ("0", "1")
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_greedy_is_measured_once_and_unknown_names_are_refused() -> None:
+    assert [one.name for one in methods_of(["ets", "greedy"], [64, 16])] == ["ets@16", "greedy", "ets@64"]
+    assert [methods_of(["best_of_n"], [8])[0].label(vote) for vote in ("majority", "weighted", "best")] == [
+        "majority@8",
+        "weighted@8",
+        "best_of_n@8",
+    ]
+    for strategies, widths, message in ((["mcts"], [4], "strategy='mcts'"), (["ets"], [0], "width=0")):
+        with pytest.raises(ConfigError, match=message):
+            methods_of(strategies, widths)
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_a_second_run_goes_on_where_the_first_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "results.jsonl"
+    results = Results(path, SETTINGS)
+    results.add(record("p1", "ets@4"))
+    results.add(record("p2", "ets@4", error="boom", outcomes={}))
+    results.close()
+    with path.open("a") as file:
+        file.write(record("p3", "ets@4").model_dump_json()[:-40])  # killed while it wrote
+    again = Results(path, SETTINGS.model_copy(update={"copy_gb_s": 12.0}))
+    assert again.has("p1", "ets@4", 0, alone=False)
+    assert not again.has("p1", "ets@4", 0, alone=True), "its latency was not measured"
+    assert not again.has("p2", "ets@4", 0, alone=False), "it failed"
+    assert not again.has("p3", "ets@4", 0, alone=False)
+    again.add(record("p3", "ets@4"))
+    again.close()
+    assert [type(line).__name__ for line in read_results(path)] == ["Settings", "Record", "Record", "Record"]
+
+
+def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Results(path, SETTINGS).close()
+    with pytest.raises(ConfigError, match=r"lambda_b=1\.0 instead of 2\.0"):
+        Results(path, SETTINGS.model_copy(update={"search": {"lambda_b": 2.0}}))
+    with pytest.raises(ConfigError, match="model='m' instead of 'n'"):
+        Results(path, SETTINGS.model_copy(update={"model": "n"}))
+    Results(path, SETTINGS.model_copy(update={"machine": {"machine": "other"}})).close()
+    assert len(read_results(path)) == 2, "another machine is told, not refused"
+    path.write_text('{"kind": "other"}\n')
+    with pytest.raises(ConfigError, match=":1 is no line of results"):
+        read_results(path)
+
+
+# ---------------------------------------------------------------- summary
+
+
+def test_a_row_says_what_its_searches_say() -> None:
+    lines = [
+        SETTINGS,
+        record("p1", "ets@4", right=True, mean_kv_tokens=10.0, kv_token_bytes=1000, generated_tokens=6),
+        record("p2", "ets@4", right=False, level="10", mean_kv_tokens=30.0, kv_token_bytes=1000, generated_tokens=8),
+        record("p3", "ets@4", error="boom", outcomes={}, any_right=False),
+        record("p1", "ets@4", concurrency=1, wall_s=1.0, model_s=0.5, bytes_moved=10**9, mean_kv_tokens=10.0),
+        record("p2", "ets@4", concurrency=1, wall_s=3.0, model_s=0.5, bytes_moved=10**9, right=False),
+        Pass(method="ets@4", concurrency=4, searches=3, wall_s=1.5),
+    ]
+    (row,) = summarise(lines).rows
+    assert (row.problems, row.searches, row.failed) == (3, 3, 1)
+    assert row.strict.mean == pytest.approx(100 / 3) and row.by_level == {"4": 50.0, "10": 0.0}
+    assert row.any_right == pytest.approx(100 / 3) and row.selection == 100
+    assert (row.mean_kv_tokens, row.mean_kv_mb, row.generated_tokens) == (20.0, 0.02, 7.0)
+    assert (row.p50_s, row.p95_s, row.gb_s) == (2.0, pytest.approx(2.9), 2.0)
+    assert (row.alone_per_s, row.together_per_s, row.concurrency) == (0.5, 2.0, 4)
+
+
+def test_rows_are_compared_on_the_problems_that_both_have() -> None:
+    lines = [record(f"p{i}", "rebase@4", right=i < 2, mean_kv_tokens=40.0) for i in range(4)]
+    lines += [record(f"p{i}", "ets@4", right=True, mean_kv_tokens=20.0) for i in range(1, 4)]
+    rows = {row.name: row for row in summarise(lines).rows}
+    (versus,) = rows["ets@4"].versus
+    assert (versus.other, versus.problems, versus.kv, versus.latency) == ("rebase@4", 3, 2.0, None)
+    assert versus.points.mean == pytest.approx(200 / 3)
+
+
+def test_a_failed_search_is_forgotten_once_it_worked() -> None:
+    tries = [record("p1", "ets@4", error="boom", outcomes={}), record("p1", "ets@4")]
+    for lines in (tries, tries[::-1]):
+        (row,) = summarise(lines).rows
+        assert (row.failed, row.strict.mean) == (0, 100.0)
+
+
+def test_seeds_of_one_problem_are_one_observation() -> None:
+    lines = [record("p1", "ets@4", seed=seed, right=seed == 0) for seed in range(4)]
+    (row,) = summarise(lines).rows
+    assert (row.problems, row.searches) == (1, 4)
+    assert (row.strict.low, row.strict.mean, row.strict.high) == (25.0, 25.0, 25.0)
+
+
+def test_which_cost_tells_latency() -> None:
+    lines = [
+        record("p1", f"ets@{width}", concurrency=1, wall_s=width, mean_kv_tokens=width**2, flops=-width, model_calls=7)
+        for width in (1, 2, 4)
+    ]
+    found = summarise(lines).correlations
+    assert (found["mean_kv_tokens"], found["flops"], found["model_calls"]) == (1.0, -1.0, None)
+
+
+def test_the_table_shows_every_row_and_comparison() -> None:
+    lines = [SETTINGS, Pass(method="ets@4", concurrency=4, searches=2, wall_s=1.0)]
+    lines += [record(f"p{i}", name, right=i > 0) for i in range(2) for name in ("greedy", "best_of_n@4", "ets@4")]
+    console = Console(file=StringIO(), width=80)
+    console.print(summary_view(summarise(lines)))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in ("d: 2 problems, m", "majority@4", "weighted@4", "ets@4 against greedy: +0.0 points", "10.0 GB/s"):
+        assert text in printed, printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40))
+def test_an_interval_holds_its_mean(values: list[float]) -> None:
+    found = bootstrap(values)
+    assert min(values) - 1e-9 <= found.low <= found.mean + 1e-9 and found.mean - 1e-9 <= found.high
+    assert bootstrap(values) == found
+
+
+def test_an_interval_is_as_wide_as_theory_says() -> None:
+    found = bootstrap([0.0, 1.0] * 200)  # standard error 0.025
+    assert found.mean == 0.5 and found.low == pytest.approx(0.451, abs=0.006)
+    assert found.high == pytest.approx(0.549, abs=0.006)
+
+
+def test_nothing_to_resample_or_to_correlate() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap([])
+    assert rank_correlation([1, 2], [1, 2]) is None and rank_correlation([1, 1, 1], [1, 2, 3]) is None
