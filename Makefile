@@ -37,6 +37,7 @@ format: $(ENV)
 	$(BIN)/ruff format .
 
 bench: $(ENV)
+	for family in countdown story; do $(BIN)/ets bench --out runs/bench-$$family --data $$family --widths 16,64; done
 	set -e; for script in cookbook/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 $(VENV)/.installed: pyproject.toml constraints.txt

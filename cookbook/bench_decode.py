@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from provenance import provenance
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ets_engine.config import EngineConfig
+from ets_engine.evaluation.machine import provenance
 from ets_engine.runtime import Branch, Runner, SamplingParams, StepDecoder, StopRules
 
 RESULTS = Path(__file__).parent / "results" / "bench_decode.jsonl"

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 
+from ets_engine.evaluation.machine import provenance
 from ets_engine.protocols import Frontier, Selector
 from ets_engine.search import Beam, BeamSqrt, Dora, Dvts, Ets, EtsKv, Rebase, SearchTree, build_frontier
 from ets_engine.types import Step
@@ -98,28 +95,6 @@ def measure(name: str, width: int, grown: list[tuple[SearchTree, Frontier]], rep
     }
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """What the numbers depend on."""
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    model = [line for line in _cpu_info() if line.startswith("model name")]
-    return {
-        "machine": model[0].split(":", 1)[1].strip() if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "commit": head.stdout.strip() or None,
-        "seed": seed,
-    }
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,7 +118,8 @@ def main() -> None:
             )
     line = json.dumps(
         {
-            **environment(options.seed),
+            **provenance(),
+            "seed": options.seed,
             "depth": options.depth,
             "trees": options.trees,
             "repeats": options.repeats,

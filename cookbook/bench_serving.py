@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from provenance import provenance
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from ets_engine import ETSEngine, SearchConfig
+from ets_engine.evaluation.machine import provenance
 from ets_engine.models.formats import PrmFormat, begin_ids
 from ets_engine.reference.problems import draw
 from ets_engine.reference.shipped import policy_path, prm_path

@@ -23,10 +23,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-from provenance import provenance
-
 from ets_engine import EngineConfig, ETSEngine, ETSError, QueueFullError, SearchConfig, SearchResult
 from ets_engine.config import Strategy
+from ets_engine.evaluation.machine import provenance
 from ets_engine.reference.problems import draw
 
 RESULTS = Path(__file__).parent / "results" / "soak.jsonl"

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -180,27 +180,41 @@ def bench(
     mode: Annotated[
         str, _option("NAME", "How answers are compared: math, numeric, choice or exact.", default="math")
     ] = "math",
+    same_cost: Annotated[
+        bool, typer.Option("--same-cost", help="Measure samples and votes at the KV and at the time of ets as well.")
+    ] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Write every search tree, for `ets tree`.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html as well; needs matplotlib.")] = False,
     setting: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other search setting, e.g. lambda_b=0.5.")
     ] = None,
 ) -> None:
     """Measure accuracy, KV, bandwidth and latency of search methods on the same problems and seeds.
 
-    Writes results.jsonl (a line per search) and summary.json into FOLDER. Interrupted, it goes on where it stopped.
+    Writes results.jsonl (a line per search) and summary.json into FOLDER. Interrupted, the same command goes on where
+    it stopped: what is measured already is not measured again, and its tree is not written again.
 
-    Exit codes: 0 measured, 1 a failure, 2 bad usage, 130 aborted.
+    Exit codes: 0 measured, 1 a failure, or no search worked, 2 bad usage, 130 aborted.
     """
     with _one_line_errors():
         from rich.console import Console
 
         from ets_engine.config import EngineConfig, SearchConfig
         from ets_engine.evaluation.methods import STRATEGIES
-        from ets_engine.evaluation.session import Comparison, compare
+        from ets_engine.evaluation.session import REPORT, Plan, compare
         from ets_engine.evaluation.table import summary_view
         from ets_engine.terminal import BenchProgress
 
         _quiet_libraries(is_terminal=sys.stderr.isatty())
-        asked = Comparison(
+        base = _pairs(setting or ())
+        for name, users in (("lambda_b", _PRICED), ("lambda_d", _COVERING)):
+            if name in base and strategies != "all" and not set(_names(strategies)) & set(users):
+                raise ConfigError(f"--setting {name} has no effect with {strategies}: add one of {', '.join(users)}")
+        if report:
+            from ets_engine.evaluation.report import require_matplotlib
+
+            require_matplotlib()
+        plan = Plan(
             out=out,
             model=model,
             verifier=verifier,
@@ -214,11 +228,20 @@ def bench(
             mode=mode,  # type: ignore[arg-type]
             concurrency=concurrency,
             latency_problems=latency_problems,
-            base=SearchConfig(**dict(map(_pair, setting or ()))),
+            base=SearchConfig(**base),
+            same_cost=same_cost,
+            trace=trace,
         )
         with BenchProgress(Console(stderr=True, highlight=False)) as progress:
-            summary = compare(asked, progress.start, lambda result, record: progress.advance(record.method))
+            summary = compare(plan, progress.start, lambda result, record: progress.advance(record.method))
         Console(highlight=False).print(summary_view(summary))
+        if report:
+            from ets_engine.evaluation.report import report_page
+
+            (out / REPORT).write_text(report_page(summary), encoding="utf-8")
+            typer.echo(f"{out / REPORT}")
+        if all(row.failed == row.searches for row in summary.rows):
+            _fail(f"no search worked: {summary.rows[0].first_error}", EXIT_FAILURE)
 
 
 @app.command(short_help="Check that a file's own answers are understood.")
@@ -238,15 +261,43 @@ def grade(
         from ets_engine.evaluation.problems import load_problems
         from ets_engine.evaluation.session import check_gold
 
+        if not 0 <= least <= 1:
+            raise ConfigError(f"--least {least:g}: give a share from 0 to 1")
         found = check_gold(load_problems(data, limit=limit), mode)  # type: ignore[arg-type]
-        right = found.problems - len(found.unread) - len(found.wrong)
-        typer.echo(f"{right} of {found.problems} own answers are found and right")
+        right = found.worked - len(found.unread) - len(found.wrong)
+        if found.worked:
+            typer.echo(f"{right} of {found.worked} worked solutions: the answer is found and right")
+        else:
+            typer.echo("no worked solutions to find answers in")
         typer.echo(f"{found.problems - len(found.confused)} of {found.problems} other problems' answers are refused")
         for name, ids in (("no answer found", found.unread), ("wrong", found.wrong), ("not refused", found.confused)):
             if ids:
                 typer.echo(f"{name}: {', '.join(ids)}")
-        if min(right, found.problems - len(found.confused)) < least * found.problems:
+        if right < least * found.worked or found.problems - len(found.confused) < least * found.problems:
             _fail(f"less than {least:.0%} of {data} is graded as it should be", EXIT_FAILURE)
+
+
+@app.command(short_help="Make a page of a search tree.")
+def tree(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="From `ets bench --trace`, or what `ets solve --json --tree` printed."),
+    ],
+    out: Annotated[
+        Path | None, _option("FILE", "Where the page goes.", default="beside the tree, ending in .html")
+    ] = None,
+) -> None:
+    """Write one HTML page that shows the tree: scores, KV tokens, what was pruned and why; it needs no network.
+
+    Exit codes: 0 written, 2 bad usage.
+    """
+    with _one_line_errors():
+        from ets_engine.evaluation.tree_page import read_trace, tree_page
+
+        page = tree_page(*read_trace(file))
+        target = out or file.with_suffix(".html")
+        target.write_text(page, encoding="utf-8")
+        typer.echo(f"{target}")
 
 
 def _names(text: str) -> list[str]:
@@ -265,21 +316,24 @@ def _count(text: str, option: str) -> int:
         raise ConfigError(f"{option}: {text!r} is no whole number") from None
 
 
-def _pair(text: str) -> tuple[str, Any]:
-    """A setting's name and its value, read as JSON where it is JSON.
+def _pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings by name, values read as JSON where they are JSON.
 
     Raises:
         ConfigError: There is no `=`, or an option of its own decides it.
     """
     from json import JSONDecodeError, loads
 
-    name, equals, value = text.partition("=")
-    if not equals or name in ("strategy", "width", "seed", "trace", "n_candidates", "vote"):
-        raise ConfigError(f"--setting {text!r}: give NAME=VALUE, NAME not one of the options")
-    try:
-        return name, loads(value)
-    except JSONDecodeError:
-        return name, value
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in ("strategy", "width", "seed", "trace", "n_candidates", "vote"):
+            raise ConfigError(f"--setting {text!r}: give NAME=VALUE, NAME not one of the options")
+        try:
+            found[name] = loads(value)
+        except JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def _search_config(given: dict[str, Any]) -> SearchConfig:

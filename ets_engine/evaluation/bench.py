@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from threading import Event
+from typing import get_args
 
 from ets_engine.config import SearchConfig, Vote
 from ets_engine.errors import ConfigError, ETSError
@@ -18,14 +19,28 @@ from ets_engine.evaluation.records import Outcome, Pass, Record, Results
 from ets_engine.service import ETSEngine
 from ets_engine.types import Candidate, SearchResult
 
-OnResult = Callable[[SearchResult, Record], None]
-"""Called with every search that came to its end."""
+OnResult = Callable[[SearchResult | None, Record], None]
+"""Called with every search: its result, None where it failed, and what was written down."""
 
 _RANK: dict[Vote, Callable[[Candidate], tuple[float, float]]] = {
     "majority": lambda one: (one.votes, one.weight),
     "weighted": lambda one: (one.weight, one.score),
     "best": lambda one: (one.score, one.weight),
 }
+
+
+def check_counts(mode: str, seeds: int, concurrency: int, latency_problems: int) -> None:
+    """Refuse what `Bench` cannot do.
+
+    Raises:
+        ConfigError: A count is out of range, or the mode is unknown.
+    """
+    if seeds < 1 or concurrency < 1 or latency_problems < 0:
+        raise ConfigError(
+            f"seeds={seeds}, concurrency={concurrency}, latency_problems={latency_problems}: need >= 1, >= 1, >= 0"
+        )
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode={mode!r} is unknown: choose one of {list(get_args(Mode))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +69,7 @@ class Bench:
         on_result: Called with every search.
 
     Raises:
-        ConfigError: A count is out of range.
+        ConfigError: A count is out of range, or the mode is unknown.
     """
 
     engine: ETSEngine
@@ -68,10 +83,7 @@ class Bench:
     on_result: OnResult = lambda result, record: None
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.latency_problems < 0:
-            raise ConfigError(
-                f"concurrency={self.concurrency} and latency_problems={self.latency_problems}: need >= 1 and >= 0"
-            )
+        check_counts(self.mode, len(self.seeds), self.concurrency, self.latency_problems)
 
     def run(self, methods: Sequence[Method]) -> None:
         """Measure what is missing: each method over all problems, then latencies, methods in turn.
@@ -88,6 +100,11 @@ class Bench:
         if self.concurrency > 1:
             self._alone(self._missing(methods, self.problems[: self.latency_problems], self.seeds[0], alone=True))
 
+    def warm_up(self) -> None:
+        """One search that is not written down: the first one pays for the pool's growth and the kernels' start."""
+        config = SearchConfig(strategy="best_of_n", width=4, max_tokens=self.base.max_tokens)
+        wait([self._submit_to(self.problems[0], config)])
+
     def count(self, methods: Sequence[Method]) -> int:
         """Searches that `run` would do now."""
         alone = self.concurrency == 1
@@ -102,12 +119,17 @@ class Bench:
             Job(problem, method, seed)
             for problem in problems
             for method in methods
-            if not self.results.has(problem.id, method.name, seed, alone=alone)
+            if not self.results.has(((problem.id, problem.digest), method.name, seed, alone))
         ]
 
     def _submit(self, job: Job, cancel: Event) -> Future[SearchResult]:
+        return self._submit_to(job.problem, job.method.config(self.base, job.seed), cancel)
+
+    def _submit_to(
+        self, problem: EvalProblem, config: SearchConfig, cancel: Event | None = None
+    ) -> Future[SearchResult]:
         try:
-            return self.engine.submit(job.problem.problem, job.method.config(self.base, job.seed), cancel=cancel)
+            return self.engine.submit(problem.problem, config, cancel=cancel)
         except ETSError as error:
             failed: Future[SearchResult] = Future()
             failed.set_exception(error)
@@ -116,6 +138,7 @@ class Bench:
     def _together(self, jobs: Sequence[Job]) -> None:
         """Up to `concurrency` searches in flight; one pass."""
         waiting, running, cancel = deque(jobs), dict[Future[SearchResult], Job](), Event()
+        done = 0
         began_s = time.perf_counter()
         try:
             while waiting or running:
@@ -123,14 +146,13 @@ class Bench:
                     job = waiting.popleft()
                     running[self._submit(job, cancel)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    self._write(running.pop(future), future, self.concurrency)
+                    done += self._write(running.pop(future), future, self.concurrency)
         finally:
             cancel.set()
-        if jobs:
+        if len(jobs) >= self.concurrency:  # else there were never so many in flight
             wall_s = time.perf_counter() - began_s
-            self.results.add(
-                Pass(method=jobs[0].method.name, concurrency=self.concurrency, searches=len(jobs), wall_s=wall_s)
-            )
+            name = jobs[0].method.name
+            self.results.add(Pass(method=name, concurrency=self.concurrency, searches=done, wall_s=wall_s))
 
     def _alone(self, jobs: Sequence[Job]) -> None:
         """One search after another."""
@@ -143,24 +165,25 @@ class Bench:
         finally:
             cancel.set()
 
-    def _write(self, job: Job, future: Future[SearchResult], concurrency: int) -> None:
+    def _write(self, job: Job, future: Future[SearchResult], concurrency: int) -> bool:
+        """Write one search down; whether it came to a result."""
+        result: SearchResult | None = None
         try:
             result = future.result()
+            record = record_of(result, job, self.mode, concurrency, self.engine.num_parameters)
         except Exception as error:
-            self.results.add(
-                Record(
-                    problem=job.problem.id,
-                    level=job.problem.level,
-                    method=job.method.name,
-                    seed=job.seed,
-                    concurrency=concurrency,
-                    error=f"{type(error).__name__}: {error}",
-                )
+            record = Record(
+                problem=job.problem.id,
+                digest=job.problem.digest,
+                level=job.problem.level,
+                method=job.method.name,
+                seed=job.seed,
+                concurrency=concurrency,
+                error=f"{type(error).__name__}: {error}",
             )
-            return
-        record = record_of(result, job, self.mode, concurrency, self.engine.num_parameters)
         self.results.add(record)
         self.on_result(result, record)
+        return not record.error
 
 
 def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_parameters: tuple[int, int]) -> Record:
@@ -174,9 +197,10 @@ def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_
         num_parameters: Of policy and verifier.
     """
     kv, prm = result.kv, result.verifier_kv
-    read = result.prompt_tokens - result.cached_prompt_tokens + result.generated_tokens
+    read = result.prompt_tokens + result.generated_tokens
     return Record(
         problem=job.problem.id,
+        digest=job.problem.digest,
         level=job.problem.level,
         method=job.method.name,
         seed=job.seed,
@@ -206,6 +230,6 @@ def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_
 def _outcome(result: SearchResult, problem: EvalProblem, vote: Vote, mode: Mode) -> Outcome:
     winner = max(result.candidates, key=_RANK[vote], default=None)
     if winner is None:
-        return Outcome(answer=None, strict=False, lenient=False)
+        return Outcome(answer=None, strict=False, lenient=False, solved=False)
     found = grade(problem, winner.answer, "".join(step.text for step in winner.steps), mode)
-    return Outcome(answer=winner.answer, strict=found.strict, lenient=found.lenient)
+    return Outcome(answer=winner.answer, **found._asdict())

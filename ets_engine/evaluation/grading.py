@@ -19,10 +19,12 @@ class Grade(NamedTuple):
         strict: Reference families: every step is right. Else: the answer is written as the problem's own, apart from
             spacing and notation.
         lenient: The answer is right, however it was found or written.
+        solved: What counts: strict where every step can be checked, else lenient.
     """
 
     strict: bool
     lenient: bool
+    solved: bool
 
 
 def grade(problem: EvalProblem, answer: str | None, text: str = "", mode: Mode = "math") -> Grade:
@@ -41,27 +43,34 @@ def grade(problem: EvalProblem, answer: str | None, text: str = "", mode: Mode =
 
     Example:
         >>> half = EvalProblem(id="1", problem="1/2 + 0?", answer=r"\frac{1}{2}")
-        >>> grade(half, "0.5"), grade(half, r"\frac12"), grade(half, None)
-        (Grade(strict=False, lenient=True), Grade(strict=True, lenient=True), Grade(strict=False, lenient=False))
+        >>> grade(half, "0.5")
+        Grade(strict=False, lenient=True, solved=True)
+        >>> grade(half, r"\frac12").strict, grade(half, None).solved
+        (True, False)
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode={mode!r} is unknown: choose one of {list(get_args(Mode))}")
     if answer is None:
-        return Grade(strict=False, lenient=False)
+        return Grade(strict=False, lenient=False, solved=False)
     if problem.family:
         lenient = is_right_answer(problem.problem, answer)
-        return Grade(strict=lenient and is_solved(problem.problem, text), lenient=lenient)
-    gold = problem.answer
+        strict = lenient and is_solved(problem.problem, text)
+        return Grade(strict, lenient, solved=strict)
+    strict, lenient = _compare(answer, problem.answer, mode)
+    return Grade(strict, lenient, solved=lenient)
+
+
+def _compare(answer: str, gold: str, mode: Mode) -> tuple[bool, bool]:
+    """Whether an answer is written as the gold one, and whether it means the same."""
     if mode == "exact":
-        same = answer.strip().casefold() == gold.strip().casefold()
-        return Grade(strict=answer.strip() == gold.strip(), lenient=same)
+        return answer.strip() == gold.strip(), answer.strip().casefold() == gold.strip().casefold()
     if mode == "choice":
         same = _letter(answer) == _letter(gold) != ""
-        return Grade(strict=same, lenient=same)
+        return same, same
     written_alike = normal_answer(answer) == normal_answer(gold)
     if mode == "numeric":
-        return Grade(strict=written_alike, lenient=_same_number(answer, gold))
-    return Grade(strict=written_alike, lenient=written_alike or same_answer(answer, gold))
+        return written_alike, _same_number(answer, gold)
+    return written_alike, written_alike or same_answer(answer, gold)
 
 
 def _letter(answer: str) -> str:

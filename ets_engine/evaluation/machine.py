@@ -15,6 +15,7 @@ COPY_BYTES = 1 << 28
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """The GPU, or the CPU and its instructions that matter; threads, versions, commit."""
+    import scipy
     import torch
     import transformers
 
@@ -22,6 +23,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         **_machine(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "scipy": scipy.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": _commit(),
@@ -48,7 +50,7 @@ def _machine(device: str) -> dict[str, Any]:
     if device != "cpu":
         import torch
 
-        return {"machine": torch.cuda.get_device_name(), "instructions": []}
+        return {"machine": torch.cuda.get_device_name(device), "instructions": []}
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"^model name\s*: (.*)$", info, re.M)
     flags = set((re.search(r"^flags\s*: (.*)$", info, re.M) or [""])[0].split())

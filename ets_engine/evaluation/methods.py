@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -46,22 +46,24 @@ class Method:
         return f"{names[vote]}@{self.width} {self.note}".strip()
 
     def config(self, base: SearchConfig, seed: int) -> SearchConfig:
-        """Settings of one search: `base`, with this strategy and width."""
-        changes = {"strategy": self.strategy, "width": self.width, "seed": seed, "n_candidates": max(1, self.width)}
-        return SearchConfig(**{**base.model_dump(), **changes, "trace": True})
+        """Settings of one search: `base`, with this strategy and width, and every answer in its result."""
+        changes = {"strategy": self.strategy, "width": self.width, "seed": seed, "n_candidates": self.width}
+        return SearchConfig(**{**base.model_dump(), **changes})
 
 
-def methods_of(strategies: Iterable[str], widths: Iterable[int]) -> list[Method]:
+def methods_of(strategies: Iterable[str], widths: Sequence[int]) -> list[Method]:
     """Every strategy at every width, cheapest first; greedy once.
 
     Raises:
-        ConfigError: An unknown strategy, or a width below 1.
+        ConfigError: An unknown strategy, a width below 1, or none of either.
 
     Example:
         >>> [method.name for method in methods_of(["greedy", "ets"], [16, 64])]
         ['greedy', 'ets@16', 'ets@64']
     """
     names = list(dict.fromkeys(strategies))
+    if not names or not list(widths):
+        raise ConfigError(f"strategies={names} at widths={list(widths)}: name at least one of each")
     for name in names:
         if name not in STRATEGIES:
             raise ConfigError(f"strategy={name!r} is unknown: choose among {', '.join(STRATEGIES)}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ets_engine.answers import extract_answer
 from ets_engine.errors import ConfigError
 from ets_engine.reference.problems import FAMILIES, generate_problems
 from ets_engine.types import Value
@@ -38,6 +38,11 @@ class EvalProblem(Value):
     level: str = ""
     family: str = ""
 
+    @property
+    def digest(self) -> str:
+        """Short hash of problem and answer: what was measured on an earlier wording does not count for this one."""
+        return hashlib.sha256(f"{self.problem}\0{self.answer}".encode()).hexdigest()[:12]
+
 
 def load_problems(data: str, *, limit: int | None = None, seed: int = 0) -> list[EvalProblem]:
     """Read or generate problems.
@@ -46,7 +51,7 @@ def load_problems(data: str, *, limit: int | None = None, seed: int = 0) -> list
         data: "countdown" or "story" for fresh held-out problems of the shipped models, or a JSONL file whose lines have
             `problem` or `question`, and `answer`; GSM8K's ("...#### 18") and MATH-500's own files are such files.
         limit: Most problems, the first ones; None = all of a file, 200 of a family.
-        seed: Of a generated family.
+        seed: Of a generated family; a file has none.
 
     Raises:
         ConfigError: No such family or file, a line that is no such problem, or a limit below 1.
@@ -98,7 +103,9 @@ def _parse(path: Path, lines: Iterable[str]) -> Iterable[EvalProblem]:
             raise ConfigError(f"{path}:{number} needs `problem` (or `question`) and `answer`; it has {sorted(row)}")
         solution = _field(row, ("solution",))
         if "####" in answer:  # GSM8K: the worked solution, then the number
-            solution, answer = answer, extract_answer(answer) or answer
+            solution, answer = answer, answer.rpartition("####")[2].strip()
+            if not answer:
+                raise ConfigError(f"{path}:{number} has nothing after its `####`")
         yield EvalProblem(
             id=_field(row, _ID_FIELDS) or str(number),
             problem=problem,

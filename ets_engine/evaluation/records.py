@@ -12,13 +12,17 @@ from pydantic import Field
 from ets_engine.errors import ConfigError
 from ets_engine.types import Value
 
+Key = tuple[tuple[str, str], str, int, bool]
+"""Problem (id and digest), method, seed, alone."""
+
 
 class Outcome(Value):
-    """What one vote over a search's trajectories answers, and whether that is right."""
+    """What one vote over a search's trajectories answers, and whether that is right; see `Grade`."""
 
     answer: str | None
     strict: bool
     lenient: bool
+    solved: bool
 
 
 class Record(Value):
@@ -26,7 +30,7 @@ class Record(Value):
 
     Attributes:
         kind: Tells searches from passes.
-        problem: Id of the problem.
+        problem, digest: Id of the problem, and of what it asks.
         level: Of the problem.
         method: `Method.name`.
         seed: Of the search.
@@ -48,6 +52,7 @@ class Record(Value):
 
     kind: Literal["search"] = "search"
     problem: str
+    digest: str
     level: str
     method: str
     seed: int
@@ -74,13 +79,21 @@ class Record(Value):
     error: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int, bool]:
+    def key(self) -> Key:
         """What is not measured twice: problem, method, seed, and whether it ran alone."""
-        return self.problem, self.method, self.seed, self.concurrency == 1
+        return (self.problem, self.digest), self.method, self.seed, self.concurrency == 1
 
 
 class Pass(Value):
-    """Some searches of one method, run together from start to end: what throughput is read from."""
+    """Searches of one method, `concurrency` in flight from start to end: what throughput is read from.
+
+    Attributes:
+        kind: Tells passes from searches.
+        method: `Method.name`.
+        concurrency: Most in flight (count).
+        searches: That came to a result (count).
+        wall_s: From the first to the last (seconds).
+    """
 
     kind: Literal["pass"] = "pass"
     method: str
@@ -90,24 +103,47 @@ class Pass(Value):
 
 
 class Settings(Value):
-    """The first line: what every later one belongs to. A run with other settings is refused."""
+    """What the lines after it were measured with.
+
+    Attributes:
+        kind: Tells settings from searches.
+        model, verifier: As in `ETSEngine.from_pretrained`.
+        weights: Short hash of both, as far as files can be seen.
+        data: Family and seed, or file.
+        search: Settings of every search, and how answers are compared.
+        device, dtype: Where the models ran.
+        machine: From `provenance`.
+        copy_gb_s: Bytes that a large copy moves on that machine (GB/s).
+    """
 
     kind: Literal["settings"] = "settings"
     model: str
     verifier: str
+    weights: str
     data: str
     search: dict[str, Any]
+    device: str
+    dtype: str
     machine: dict[str, Any]
     copy_gb_s: float
 
-    def same_run(self, other: Settings) -> bool:
-        """Whether results of both may stand in one table; the machine may differ, and is told."""
-        return (self.model, self.verifier, self.data, self.search) == (
-            other.model,
-            other.verifier,
-            other.data,
-            other.search,
-        )
+    def differences(self, other: Settings) -> list[str]:
+        """Why results of both must not stand in one table; empty where they may."""
+        found = [
+            f"{name}={getattr(self, name)!r} instead of {getattr(other, name)!r}"
+            for name in ("model", "verifier", "weights", "data", "device", "dtype")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        names = sorted(self.search | other.search)
+        return found + [
+            f"{name}={self.search.get(name)!r} instead of {other.search.get(name)!r}"
+            for name in names
+            if self.search.get(name) != other.search.get(name)
+        ]
+
+    def same_speed(self, other: Settings) -> bool:
+        """Whether seconds of both may be compared: the same machine, threads and versions, whatever the commit."""
+        return {**self.machine, "commit": ""} == {**other.machine, "commit": ""}
 
 
 Line = Settings | Record | Pass
@@ -118,7 +154,7 @@ class Results:
     """A `results.jsonl` that grows; it is flushed line by line, so a crash loses at most the running searches.
 
     Args:
-        path: The file; made when it is not there.
+        path: The file; made when it is not there. A last line that a crash cut off is removed.
         settings: Of this run.
 
     Raises:
@@ -129,31 +165,33 @@ class Results:
         """See the class."""
         self.path = path
         self.lines: list[Line] = read_results(path) if path.exists() else []
-        first = next((line for line in self.lines if isinstance(line, Settings)), None)
-        if first is not None and not first.same_run(settings):
-            raise ConfigError(
-                f"{path} holds results of other settings ({_difference(first, settings)}); give another --out, or "
-                "remove it"
-            )
+        before = [line for line in self.lines if isinstance(line, Settings)]
+        for line in before:
+            if found := line.differences(settings):
+                raise ConfigError(
+                    f"{path} holds results of other settings ({', '.join(found)}); give another --out, or remove it"
+                )
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a line that a crash cut off; it was not read
-        if first is None or first.machine != settings.machine:
-            self.add(settings)
+        if path.exists():
+            whole = path.read_bytes().rpartition(b"\n")
+            if whole[2]:
+                path.write_bytes(whole[0] + whole[1])
         self._done = {line.key for line in self.lines if isinstance(line, Record) and not line.error}
+        self._file = path.open("a", encoding="ascii")
+        if not before or before[-1].machine != settings.machine:
+            self.add(settings)
 
     def add(self, line: Line) -> None:
         """Write one line."""
         self.lines.append(line)
-        self._file.write(line.model_dump_json() + "\n")
+        self._file.write(json.dumps(line.model_dump(mode="json")) + "\n")
         self._file.flush()
         if isinstance(line, Record) and not line.error:
             self._done.add(line.key)
 
-    def has(self, problem: str, method: str, seed: int, *, alone: bool) -> bool:
+    def has(self, key: Key) -> bool:
         """Whether a search was measured already; one that failed was not."""
-        return (problem, method, seed, alone) in self._done
+        return key in self._done
 
     def close(self) -> None:
         """Nothing more is written."""
@@ -167,32 +205,21 @@ def read_results(path: Path) -> list[Line]:
         ConfigError: The file is none.
     """
     found: list[Line] = []
-    rows = path.read_text(encoding="utf-8").split("\n")
+    *rows, _ = path.read_bytes().split(b"\n")  # what follows the last newline was cut off
     for number, row in enumerate(rows, start=1):
-        if not row.strip():
-            continue
         try:
             data = json.loads(row)
             found.append(_KINDS[data["kind"]].model_validate(data))
         except (ValueError, KeyError, TypeError) as error:
-            if not row.endswith("}"):
-                continue  # cut off
-            raise ConfigError(f"{path}:{number} is no line of results: {type(error).__name__}: {error}") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{path}:{number} is no line of results: {reason:.300}") from None
     return found
 
 
 def searches(lines: Iterable[Line]) -> list[Record]:
-    """The searches among some lines, a failed one only where no later try worked."""
-    latest: dict[tuple[str, str, int, bool], Record] = {}
+    """The searches among some lines, a failed one only where no other try worked."""
+    latest: dict[Key, Record] = {}
     for line in lines:
         if isinstance(line, Record) and (line.key not in latest or not line.error):
             latest[line.key] = line
     return list(latest.values())
-
-
-def _difference(left: Settings, right: Settings) -> str:
-    for name in ("model", "verifier", "data"):
-        if getattr(left, name) != getattr(right, name):
-            return f"{name}={getattr(left, name)!r} instead of {getattr(right, name)!r}"
-    names = sorted(name for name in left.search | right.search if left.search.get(name) != right.search.get(name))
-    return ", ".join(f"{name}={left.search.get(name)!r} instead of {right.search.get(name)!r}" for name in names)

@@ -1,7 +1,9 @@
-"""One `ets bench` from its settings to `results.jsonl` and `summary.json`; the commands print what it returns."""
+"""One `ets bench` from its settings to its files; the commands print what it returns."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -9,20 +11,25 @@ from pathlib import Path
 
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError
-from ets_engine.evaluation.bench import Bench, OnResult
+from ets_engine.evaluation.bench import Bench, OnResult, check_counts
 from ets_engine.evaluation.grading import Mode, grade
 from ets_engine.evaluation.machine import copy_gb_s, provenance
-from ets_engine.evaluation.methods import methods_of
+from ets_engine.evaluation.methods import Method, methods_of
 from ets_engine.evaluation.problems import EvalProblem, load_problems
-from ets_engine.evaluation.records import Results, Settings, read_results
+from ets_engine.evaluation.records import Record, Results, Settings
+from ets_engine.evaluation.same_cost import same_cost_methods
 from ets_engine.evaluation.summary import Summary, summarise
+from ets_engine.evaluation.tree_page import write_trace
+from ets_engine.reference import REFERENCE, policy_path, prm_path
+from ets_engine.search import build_selector
 from ets_engine.service import ETSEngine
+from ets_engine.types import SearchResult
 
-RESULTS, SUMMARY = "results.jsonl", "summary.json"
+RESULTS, SUMMARY, REPORT, TRACES = "results.jsonl", "summary.json", "report.html", "traces"
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Plan:
     """What `ets bench` is asked for.
 
     Attributes:
@@ -34,6 +41,8 @@ class Comparison:
         seeds: How often each problem is solved, seeds 0, 1, ...
         mode, concurrency, latency_problems: As in `Bench`.
         base: Settings of every search, apart from strategy, width and seed.
+        same_cost: Whether best-of-N is measured at the cost of each ETS row too; see `same_cost_methods`.
+        trace: Whether each search's tree is written as well.
     """
 
     out: Path
@@ -50,74 +59,121 @@ class Comparison:
     concurrency: int = 16
     latency_problems: int = 20
     base: SearchConfig = field(default_factory=SearchConfig)
+    same_cost: bool = False
+    trace: bool = False
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"seeds={self.seeds}: solve each problem at least once")
+        """Refuse at once what would fail, or do nothing, for every search."""
+        check_counts(self.mode, self.seeds, self.concurrency, self.latency_problems)
+        methods = methods_of(self.strategies, self.widths)
+        for method in methods:
+            build_selector(method.config(self.base, 0))
+        if self.model != REFERENCE and self.verifier is None:
+            raise ConfigError(f"model={self.model!r} needs a model that scores its steps: name a verifier")
+        widths = {method.width for method in methods if method.strategy == "best_of_n"}
+        if self.same_cost and (len(widths) < 2 or "ets" not in self.strategies):
+            raise ConfigError("same_cost needs the strategies ets and best_of_n, and at least two widths")
 
 
 def compare(
-    asked: Comparison, on_start: Callable[[int], None] = lambda total: None, on_result: OnResult | None = None
+    plan: Plan, on_start: Callable[[int], None] = lambda total: None, on_result: OnResult | None = None
 ) -> Summary:
-    """Measure what is missing in `asked.out`, and write its summary.
+    """Measure what is missing in `plan.out`, and write its summary.
 
     Args:
-        asked: What to measure.
-        on_start: Called with the number of searches to come, once the models are loaded.
+        plan: What to measure.
+        on_start: Called with the number of searches to come, once the models are loaded, and again for those whose
+            settings depend on what the first ones cost.
         on_result: Called with every search.
 
+    Returns:
+        Of all that was measured on the plan's problems, by this run and by earlier ones.
+
     Raises:
-        ConfigError: A setting is out of range, or the folder holds results of other settings.
+        ConfigError: The data cannot be read, or the folder holds results of other settings.
         ModelLoadError: A model cannot be loaded.
         KeyboardInterrupt: What was measured until then is kept, in the summary too.
     """
-    problems = load_problems(asked.data, limit=asked.limit, seed=asked.data_seed)
-    methods = methods_of(asked.strategies, asked.widths)
-    for method in methods:
-        method.config(asked.base, 0)  # refused before anything is loaded
-    path = asked.out / RESULTS
-    if path.exists():
-        read_results(path)
+    problems = load_problems(plan.data, limit=plan.limit, seed=plan.data_seed)
+    places = {problem.id: place for place, problem in enumerate(problems)}
+    methods = methods_of(plan.strategies, plan.widths)
+
+    def keep(result: SearchResult | None, record: Record) -> None:
+        if plan.trace and result is not None:
+            name = re.sub(r"[^\w.-]+", "-", record.problem)[:80]  # ids may be anything, the place tells them apart
+            name = f"{places[record.problem]}-{name}-seed{record.seed}.jsonl"
+            write_trace(result, plan.out / TRACES / record.method / name)
+        if on_result is not None:
+            on_result(result, record)
+
+    # every prompt is read anew: else whichever method came first would pay for all of them
+    engine_config = EngineConfig(**{**plan.engine.model_dump(), "prefix_cache_tokens": 0})
     with (
-        ETSEngine.from_pretrained(asked.model, asked.verifier, asked.engine) as engine,
-        closing(Results(path, _settings(asked))) as results,
+        ETSEngine.from_pretrained(plan.model, plan.verifier, engine_config) as engine,
+        closing(Results(plan.out / RESULTS, _settings(plan))) as results,
     ):
         bench = Bench(
             engine=engine,
             problems=problems,
             results=results,
-            base=asked.base,
-            seeds=range(asked.seeds),
-            mode=asked.mode,
-            concurrency=asked.concurrency,
-            latency_problems=asked.latency_problems,
-            on_result=on_result or (lambda result, record: None),
+            base=plan.base.model_copy(update={"trace": plan.trace}),
+            seeds=range(plan.seeds),
+            mode=plan.mode,
+            concurrency=plan.concurrency,
+            latency_problems=plan.latency_problems,
+            on_result=keep,
         )
-        on_start(bench.count(methods))
+
+        def run(wanted: Sequence[Method]) -> None:
+            total = bench.count(wanted)
+            on_start(total)
+            if total:
+                bench.warm_up()
+            bench.run(wanted)
+
         try:
-            bench.run(methods)
+            run(methods)
+            if plan.same_cost:
+                run(same_cost_methods(summarise(results.lines, problems).rows))
         finally:
-            summary = summarise(results.lines)
-            (asked.out / SUMMARY).write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            summary = summarise(results.lines, problems)
+            (plan.out / SUMMARY).write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return summary
 
 
-def _settings(asked: Comparison) -> Settings:
-    device = "cpu" if asked.engine.device == "auto" else asked.engine.device
-    if asked.engine.device == "auto":
-        import torch
+def _settings(plan: Plan) -> Settings:
+    import torch
 
+    device = plan.engine.device
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    search = asked.base.model_dump(exclude={"strategy", "width", "seed", "trace", "n_candidates", "vote"})
-    data = f"{asked.data} (seed {asked.data_seed})" if not Path(asked.data).is_file() else asked.data
+    dtype = plan.engine.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    search = plan.base.model_dump(exclude={"strategy", "width", "seed", "trace", "n_candidates", "vote"})
+    path = Path(plan.data)
     return Settings(
-        model=asked.model,
-        verifier=asked.verifier or ("reference" if asked.model == "reference" else ""),
-        data=data,
-        search=search | {"mode": asked.mode},
+        model=plan.model,
+        verifier=plan.verifier or REFERENCE,
+        weights=_weights(plan.model, plan.verifier or REFERENCE),
+        data=str(path.resolve()) if path.is_file() else f"{plan.data} (seed {plan.data_seed})",
+        search=search | {"mode": plan.mode},
+        device=device,
+        dtype=dtype,
         machine=provenance(device),
         copy_gb_s=round(copy_gb_s(device), 1),
     )
+
+
+def _weights(model: str, verifier: str) -> str:
+    """Short hash of the weights' files: content of the shipped ones, size and time of other local ones, else names."""
+    digest = hashlib.sha256(f"{model}\0{verifier}".encode())
+    for name, shipped in ((model, policy_path()), (verifier, prm_path())):
+        folder = Path(shipped if name == REFERENCE else name)
+        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+            stat = file.stat()
+            digest.update(file.read_bytes() if name == REFERENCE else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +182,14 @@ class GoldCheck:
 
     Attributes:
         problems: In the file (count).
+        worked: Of those, with a worked solution (count).
         unread: Ids whose worked solution gives no answer.
         wrong: Ids whose worked solution is graded as wrong.
         confused: Ids whose answer also accepts another problem's answer, written differently.
     """
 
     problems: int
+    worked: int
     unread: tuple[str, ...]
     wrong: tuple[str, ...]
     confused: tuple[str, ...]
@@ -141,7 +199,7 @@ def check_gold(problems: Sequence[EvalProblem], mode: Mode = "math", seed: int =
     """Extract each worked solution's answer and grade it, then grade an answer drawn from another problem.
 
     Args:
-        problems: With worked solutions where there are some; the answer itself stands in for a missing one.
+        problems: A problem without a worked solution is only paired with another one's answer.
         mode: How answers are compared.
         seed: Of the random pairing.
     """
@@ -155,16 +213,17 @@ def check_gold(problems: Sequence[EvalProblem], mode: Mode = "math", seed: int =
     confused: list[str] = []
     for place, one in enumerate(problems):
         view = ReferenceView() if one.family else MathView()
-        answer = view.answer(one.problem, one.solution) if one.solution else one.answer
-        if answer is None:
+        answer = view.answer(one.problem, one.solution) if one.solution else None
+        if one.solution and answer is None:
             unread.append(one.id)
-        elif not grade(one, answer, mode=mode).lenient:
+        elif one.solution and not grade(one, answer, mode=mode).lenient:
             wrong.append(one.id)
         if len(problems) > 1:
             other = problems[(place + rng.randrange(1, len(problems))) % len(problems)]
             if grade(one, other.answer, mode=mode).lenient and not _same_text(one.answer, other.answer):
                 confused.append(one.id)
-    return GoldCheck(len(problems), tuple(unread), tuple(wrong), tuple(confused))
+    worked = sum(bool(one.solution) for one in problems)
+    return GoldCheck(len(problems), worked, tuple(unread), tuple(wrong), tuple(confused))
 
 
 def _same_text(left: str, right: str) -> bool:

@@ -64,5 +64,5 @@ def test_the_serving_bench_prints_its_ratios(
 def test_readme_of_the_cookbook_names_every_script() -> None:
     text = (COOKBOOK / "README.md").read_text()
     scripts = [path.relative_to(COOKBOOK).as_posix() for path in COOKBOOK.rglob("*.py")]
-    helpers = {"provenance.py", "training/data.py", "training/optim.py"}
+    helpers = {"training/data.py", "training/optim.py"}
     assert [name for name in scripts if name not in helpers and f"`{name}`" not in text] == []

@@ -26,12 +26,21 @@ from ets_engine.evaluation import (
     read_results,
     summarise,
 )
+from ets_engine.evaluation.same_cost import same_cost_methods, samples_for
 from ets_engine.evaluation.session import check_gold
 from ets_engine.evaluation.statistics import bootstrap, rank_correlation
 from ets_engine.evaluation.table import summary_view
 
 SETTINGS = Settings(
-    model="m", verifier="v", data="d", search={"lambda_b": 1.0}, machine={"machine": "cpu"}, copy_gb_s=10.0
+    model="m",
+    verifier="v",
+    weights="w",
+    data="d",
+    search={"lambda_b": 1.0},
+    device="cpu",
+    dtype="float32",
+    machine={"machine": "cpu", "commit": "abc"},
+    copy_gb_s=10.0,
 )
 
 
@@ -41,8 +50,8 @@ def problem(answer: str, **more: str) -> EvalProblem:
 
 def record(problem: str, method: str, *, right: bool = True, concurrency: int = 4, **more: Any) -> Record:
     votes = ("majority", "weighted", "best") if method.startswith("best_of_n") else ("weighted",)
-    outcomes = {vote: Outcome(answer="1", strict=right, lenient=right) for vote in votes}
-    fields: dict[str, Any] = {"level": "4", "seed": 0, "outcomes": outcomes, "any_right": right} | more
+    outcomes = {vote: Outcome(answer="1", strict=right, lenient=right, solved=right) for vote in votes}
+    fields: dict[str, Any] = {"level": "4", "digest": "", "seed": 0, "outcomes": outcomes, "any_right": right} | more
     return Record(problem=problem, method=method, concurrency=concurrency, **fields)
 
 
@@ -107,16 +116,16 @@ def test_unknown_data_and_limits_are_refused() -> None:
     ],
 )
 def test_answers_are_compared_as_the_mode_says(gold: str, answer: str, mode: Any, strict: bool, lenient: bool) -> None:
-    assert grade(problem(gold), answer, mode=mode) == (strict, lenient)
+    assert grade(problem(gold), answer, mode=mode) == (strict, lenient, lenient)
 
 
 def test_the_exact_checker_decides_where_there_is_one() -> None:
     given = EvalProblem(id="1", problem="Use 1, 2, 3 and 4 to make 10.", answer="((1+2)+3)+4", family="countdown")
     right = "3+4=7 left 1 2 7\n2+7=9 left 1 9\n1+9=10"
-    assert grade(given, "((3+4)+2)+1", right) == (True, True)
-    assert grade(given, "((3+4)+2)+1", right.replace("left 1 2 7", "left 1 2 8")) == (False, True)
-    assert grade(given, "(3*4)-2", right) == (False, False), "an answer that leaves a number out"
-    assert grade(given, None, right) == (False, False)
+    assert grade(given, "((3+4)+2)+1", right) == (True, True, True)
+    assert grade(given, "((3+4)+2)+1", right.replace("left 1 2 7", "left 1 2 8")) == (False, True, False)
+    assert grade(given, "(3*4)-2", right) == (False, False, False), "an answer that leaves a number out"
+    assert grade(given, None, right) == (False, False, False)
 
 
 def test_an_unknown_mode_is_refused() -> None:
@@ -129,9 +138,10 @@ def test_what_a_file_gets_wrong_about_itself_is_named() -> None:
     silent = EvalProblem(id="silent", problem="?", answer="5", solution="no idea")
     off = EvalProblem(id="off", problem="?", answer="6", solution="\\boxed{7}")
     found = check_gold([good, silent, off])
-    assert (found.problems, found.unread, found.wrong, found.confused) == (3, ("silent",), ("off",), ())
+    assert (found.problems, found.worked, found.unread, found.wrong) == (3, 3, ("silent",), ("off",))
+    assert found.confused == ()
     twins = [EvalProblem(id=str(i), problem="?", answer=one) for i, one in enumerate(("0.5", "1/2"))]
-    assert check_gold(twins).confused == ("0", "1")
+    assert (check_gold(twins).worked, check_gold(twins).confused) == (0, ("0", "1"))
 
 
 # ---------------------------------------------------------------- methods
@@ -144,7 +154,12 @@ def test_greedy_is_measured_once_and_unknown_names_are_refused() -> None:
         "weighted@8",
         "best_of_n@8",
     ]
-    for strategies, widths, message in ((["mcts"], [4], "strategy='mcts'"), (["ets"], [0], "width=0")):
+    for strategies, widths, message in (
+        (["mcts"], [4], "strategy='mcts'"),
+        (["ets"], [0], "width=0"),
+        ([], [4], "at least one"),
+        (["ets"], [], "at least one"),
+    ):
         with pytest.raises(ConfigError, match=message):
             methods_of(strategies, widths)
 
@@ -152,22 +167,44 @@ def test_greedy_is_measured_once_and_unknown_names_are_refused() -> None:
 # ---------------------------------------------------------------- records
 
 
-def test_a_second_run_goes_on_where_the_first_was_cut_off(tmp_path: Path) -> None:
+def key(problem: str, *, alone: bool = False, digest: str = "") -> Any:
+    return (problem, digest), "ets@4", 0, alone
+
+
+@pytest.mark.parametrize("left", [1, 40, 200])
+def test_a_second_run_goes_on_where_the_first_was_cut_off(tmp_path: Path, left: int) -> None:
     path = tmp_path / "out" / "results.jsonl"
     results = Results(path, SETTINGS)
     results.add(record("p1", "ets@4"))
     results.add(record("p2", "ets@4", error="boom", outcomes={}))
     results.close()
     with path.open("a") as file:
-        file.write(record("p3", "ets@4").model_dump_json()[:-40])  # killed while it wrote
+        file.write(record("p3", "ets@4").model_dump_json()[:-left])  # killed while it wrote
     again = Results(path, SETTINGS.model_copy(update={"copy_gb_s": 12.0}))
-    assert again.has("p1", "ets@4", 0, alone=False)
-    assert not again.has("p1", "ets@4", 0, alone=True), "its latency was not measured"
-    assert not again.has("p2", "ets@4", 0, alone=False), "it failed"
-    assert not again.has("p3", "ets@4", 0, alone=False)
-    again.add(record("p3", "ets@4"))
+    assert again.has(key("p1"))
+    assert not again.has(key("p1", alone=True)), "its latency was not measured"
+    assert not again.has(key("p1", digest="other")), "the problem was changed since"
+    assert not again.has(key("p2")), "it failed"
+    assert not again.has(key("p3"))
+    again.add(record("p3", "ets@4", error="\N{LINE SEPARATOR}\ud800"))
     again.close()
-    assert [type(line).__name__ for line in read_results(path)] == ["Settings", "Record", "Record", "Record"]
+    lines = read_results(path)
+    assert [type(line).__name__ for line in lines] == ["Settings", "Record", "Record", "Record"]
+    assert lines[-1].error == "\N{LINE SEPARATOR}\ud800"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("cut", range(-9, 0))
+def test_whatever_a_crash_leaves_can_be_gone_on_from(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "results.jsonl"
+    results = Results(path, SETTINGS)
+    results.add(record("p1", "ets@4", error='}"} \u2028 é'))
+    results.close()
+    path.write_bytes(path.read_bytes()[:cut])
+    assert [type(line).__name__ for line in read_results(path)] == ["Settings"]
+    again = Results(path, SETTINGS)
+    again.add(record("p1", "ets@4"))
+    again.close()
+    assert len(read_results(path)) == 2
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
@@ -175,13 +212,15 @@ def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
     Results(path, SETTINGS).close()
     with pytest.raises(ConfigError, match=r"lambda_b=1\.0 instead of 2\.0"):
         Results(path, SETTINGS.model_copy(update={"search": {"lambda_b": 2.0}}))
-    with pytest.raises(ConfigError, match="model='m' instead of 'n'"):
-        Results(path, SETTINGS.model_copy(update={"model": "n"}))
+    for name in ("model", "verifier", "weights", "data", "device", "dtype"):
+        with pytest.raises(ConfigError, match=f"{name}='.*' instead of 'other'"):
+            Results(path, SETTINGS.model_copy(update={name: "other"}))
     Results(path, SETTINGS.model_copy(update={"machine": {"machine": "other"}})).close()
     assert len(read_results(path)) == 2, "another machine is told, not refused"
-    path.write_text('{"kind": "other"}\n')
-    with pytest.raises(ConfigError, match=":1 is no line of results"):
-        read_results(path)
+    for text in ('{"kind": "other"}\n', "\xff\n", "{\n"):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=":1 is no line of results"):
+            read_results(path)
 
 
 # ---------------------------------------------------------------- summary
@@ -199,7 +238,8 @@ def test_a_row_says_what_its_searches_say() -> None:
     ]
     (row,) = summarise(lines).rows
     assert (row.problems, row.searches, row.failed) == (3, 3, 1)
-    assert row.strict.mean == pytest.approx(100 / 3) and row.by_level == {"4": 50.0, "10": 0.0}
+    assert row.solved.mean == row.strict.mean == pytest.approx(100 / 3) and row.first_error == "boom"
+    assert row.by_level == {"4": 50.0, "10": 0.0}
     assert row.any_right == pytest.approx(100 / 3) and row.selection == 100
     assert (row.mean_kv_tokens, row.mean_kv_mb, row.generated_tokens) == (20.0, 0.02, 7.0)
     assert (row.p50_s, row.p95_s, row.gb_s) == (2.0, pytest.approx(2.9), 2.0)
@@ -207,26 +247,67 @@ def test_a_row_says_what_its_searches_say() -> None:
 
 
 def test_rows_are_compared_on_the_problems_that_both_have() -> None:
-    lines = [record(f"p{i}", "rebase@4", right=i < 2, mean_kv_tokens=40.0) for i in range(4)]
-    lines += [record(f"p{i}", "ets@4", right=True, mean_kv_tokens=20.0) for i in range(1, 4)]
+    def measured(problem: str, method: str, right: bool, kv: float, wall_s: float) -> list[Record]:
+        return [record(problem, method, right=right, concurrency=n, mean_kv_tokens=kv, wall_s=wall_s) for n in (4, 1)]
+
+    lines = [one for i in range(4) for one in measured(f"p{i}", "rebase@4", i < 2, 900.0 if i == 0 else 40.0, 4.0)]
+    lines += [one for i in range(1, 5) for one in measured(f"p{i}", "ets@4", True, 700.0 if i == 4 else 20.0, 1.0)]
     rows = {row.name: row for row in summarise(lines).rows}
     (versus,) = rows["ets@4"].versus
-    assert (versus.other, versus.problems, versus.kv, versus.latency) == ("rebase@4", 3, 2.0, None)
+    assert (versus.other, versus.problems, versus.kv, versus.latency) == ("rebase@4", 3, 2.0, 4.0)
     assert versus.points.mean == pytest.approx(200 / 3)
+    (back,) = [one for one in rows["rebase@4"].versus if one.other == "ets@4"] or [None]
+    assert back is None, "only what it is usually compared with"
+
+
+def test_seconds_are_of_the_last_machine_alone_and_a_commit_is_no_machine() -> None:
+    other = SETTINGS.model_copy(update={"machine": {"machine": "gpu", "commit": "abc"}})
+    later = SETTINGS.model_copy(update={"machine": {"machine": "gpu", "commit": "def"}})
+    alone = [record(f"p{i}", "ets@4", concurrency=1, wall_s=float(i)) for i in range(1, 4)]
+    passes = [Pass(method="ets@4", concurrency=n, searches=n, wall_s=1.0) for n in (16, 4, 8)]
+    lines = [SETTINGS, alone[0], passes[0], other, alone[1], passes[1], later, alone[2], passes[2]]
+    (row,) = summarise(lines).rows
+    assert (row.problems, row.p50_s, row.concurrency, row.together_per_s) == (3, 2.5, 8, 8.0)
+    assert summarise(lines).settings == (SETTINGS, other, later)
+
+
+def test_only_the_problems_asked_for_count() -> None:
+    kept = problem("4")
+    lines = [record(kept.id, "ets@4", digest=kept.digest), record(kept.id, "ets@4", digest="old", right=False)]
+    lines.append(record("gone", "rebase@4", right=False))
+    (row,) = summarise(lines, [kept]).rows
+    assert (row.name, row.problems, row.solved.mean) == ("ets@4", 1, 100.0)
 
 
 def test_a_failed_search_is_forgotten_once_it_worked() -> None:
     tries = [record("p1", "ets@4", error="boom", outcomes={}), record("p1", "ets@4")]
     for lines in (tries, tries[::-1]):
         (row,) = summarise(lines).rows
-        assert (row.failed, row.strict.mean) == (0, 100.0)
+        assert (row.failed, row.solved.mean) == (0, 100.0)
+    apart = [record("p1", "ets@4", error="full", outcomes={}), record("p1", "ets@4", concurrency=1)]
+    for lines in (apart, apart[::-1]):
+        (row,) = summarise(lines).rows
+        assert (row.searches, row.failed, row.solved.mean) == (1, 0, 100.0), "it worked when it was alone"
 
 
 def test_seeds_of_one_problem_are_one_observation() -> None:
     lines = [record("p1", "ets@4", seed=seed, right=seed == 0) for seed in range(4)]
     (row,) = summarise(lines).rows
     assert (row.problems, row.searches) == (1, 4)
-    assert (row.strict.low, row.strict.mean, row.strict.high) == (25.0, 25.0, 25.0)
+    assert (row.solved.low, row.solved.mean, row.solved.high) == (25.0, 25.0, 25.0)
+
+
+def test_samples_of_the_same_cost_stand_beside_ets() -> None:
+    lines = [record("p1", f"best_of_n@{n}", mean_kv_tokens=10.0 * n, concurrency=1, wall_s=n / 4) for n in (4, 16)]
+    lines.append(record("p1", "ets@8", right=False, mean_kv_tokens=80.0, concurrency=1, wall_s=6.0))
+    more = same_cost_methods(summarise(lines).rows)
+    assert [(one.width, one.note) for one in more] == [(8, "(same KV as ets@8)"), (24, "(same time as ets@8)")]
+    rows = {row.name: row for row in summarise([*lines, record("p1", more[0].name)]).rows}
+    assert "majority@8 (same KV as ets@8)" in rows
+    assert "weighted@8 (same KV as ets@8)" in [one.other for one in rows["ets@8"].versus]
+    assert samples_for([(4, 10.0)], 10.0) is None and samples_for([(4, 10.0), (8, None)], 10.0) is None
+    for points, cost in (([(4, 10.0), (8, 20.0)], 1e9), ([(4, 10.0), (8, 20.0)], 1.0), ([(4, 0.5), (16, 0.49)], 0.6)):
+        assert samples_for(points, cost) is None, "too far from what was measured, or it does not rise"
 
 
 def test_which_cost_tells_latency() -> None:
@@ -240,11 +321,18 @@ def test_which_cost_tells_latency() -> None:
 
 def test_the_table_shows_every_row_and_comparison() -> None:
     lines = [SETTINGS, Pass(method="ets@4", concurrency=4, searches=2, wall_s=1.0)]
-    lines += [record(f"p{i}", name, right=i > 0) for i in range(2) for name in ("greedy", "best_of_n@4", "ets@4")]
+    names = ("greedy", "best_of_n@4", "ets@4", "best_of_n@5 (same time as ets@4)")
+    lines += [
+        record(f"p{i}", name, right=i > 0, level="[/x]", mean_kv_tokens=1234.5, peak_kv_tokens=4321, wall_s=0.25)
+        for i in range(2)
+        for name in names
+    ]
+    lines.append(record("p2", "ets@4", error="[boom]", outcomes={}))
     console = Console(file=StringIO(), width=80)
     console.print(summary_view(summarise(lines)))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    for text in ("d: 2 problems, m", "majority@4", "weighted@4", "ets@4 against greedy: +0.0 points", "10.0 GB/s"):
+    for text in ("d: 2 to 3 problems, m", "majority@4", "weighted@4", "ets@4 against greedy: +0.0 points", "10.0 GB/s",
+                 "1234", "4321", "[/x]:50", "ets@4: 1 failed, e.g. [boom]"):  # fmt: skip
         assert text in printed, printed
     assert max(map(len, printed.splitlines())) <= 80
 

@@ -1,0 +1,64 @@
+"""How many samples cost what a search costs: best-of-N rows to set beside it at equal KV or equal time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ets_engine.evaluation.methods import Method
+from ets_engine.evaluation.summary import Row
+
+COSTS = {"KV": "mean_kv_tokens", "time": "p50_s"}  # what a row's note calls it -> field of `Row`
+
+
+def same_cost_methods(rows: Sequence[Row]) -> list[Method]:
+    """Best-of-N with the N that costs as much as each ETS row, by KV and by time.
+
+    N is read off the line through what was measured at two widths or more, in logarithms. At equal width, whatever
+    spends more per trajectory looks better.
+
+    Args:
+        rows: Measured, best-of-N at two widths or more among them.
+
+    Returns:
+        One method per ETS row and cost; none where a cost was not measured.
+    """
+    samples = {row.method: row for row in rows if row.method.startswith("best_of_n@") and " " not in row.method}
+    found: list[Method] = []
+    for row in rows:
+        if not row.method.startswith("ets@"):
+            continue
+        for name, field in COSTS.items():
+            points = [(int(method.partition("@")[2]), getattr(one, field)) for method, one in samples.items()]
+            count = samples_for(points, getattr(row, field))
+            if count is not None:
+                found.append(Method("best_of_n", count, f"(same {name} as {row.method})"))
+    return found
+
+
+def samples_for(points: Sequence[tuple[int, float | None]], cost: float | None) -> int | None:
+    """The number of samples that costs `cost`.
+
+    None where it cannot be told: fewer than two points, a cost that does not rise with samples (a model that is not
+    busy yet), or one that lies further than a factor of two outside of what was measured.
+
+    Args:
+        points: (samples, what they cost).
+        cost: Positive.
+
+    Example:
+        >>> samples_for([(16, 100.0), (64, 400.0)], 200.0)
+        32
+    """
+    known = sorted((math.log(one), math.log(width)) for width, one in points if one and width > 0)
+    if len(known) < 2 or not cost or known[0][0] == known[-1][0]:
+        return None
+    wanted = math.log(cost)
+    place = next((i for i in range(1, len(known) - 1) if known[i][0] >= wanted), len(known) - 1)
+    (low, low_width), (high, high_width) = known[place - 1], known[place]
+    if high <= low or high_width <= low_width:
+        return None
+    width = math.exp(low_width + (wanted - low) * (high_width - low_width) / (high - low))
+    widths = [one for _, one in known]
+    outside = width < math.exp(min(widths)) / 2 or width > math.exp(max(widths)) * 2
+    return None if outside else max(1, round(width))
