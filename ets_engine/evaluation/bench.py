@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from threading import Event
 from typing import get_args
+from zlib import crc32
 
 from ets_engine.config import SearchConfig, Vote
 from ets_engine.errors import ConfigError, ETSError
@@ -22,8 +23,8 @@ from ets_engine.types import Candidate, SearchResult
 OnResult = Callable[[SearchResult | None, Record], None]
 """Called with every search: its result, None where it failed, and what was written down."""
 
-_RANK: dict[Vote, Callable[[Candidate], tuple[float, float]]] = {
-    "majority": lambda one: (one.votes, one.weight),
+RANK: dict[Vote, Callable[[Candidate], tuple[float, float]]] = {
+    "majority": lambda one: (one.votes, crc32(one.answer.encode())),  # a tie is drawn: the verifier has no say in it
     "weighted": lambda one: (one.weight, one.score),
     "best": lambda one: (one.score, one.weight),
 }
@@ -228,7 +229,7 @@ def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_
 
 
 def _outcome(result: SearchResult, problem: EvalProblem, vote: Vote, mode: Mode) -> Outcome:
-    winner = max(result.candidates, key=_RANK[vote], default=None)
+    winner = max(result.candidates, key=RANK[vote], default=None)
     if winner is None:
         return Outcome(answer=None, strict=False, lenient=False, solved=False)
     found = grade(problem, winner.answer, "".join(step.text for step in winner.steps), mode)

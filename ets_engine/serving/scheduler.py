@@ -346,7 +346,7 @@ class Scheduler:
         for others in (self._waiting, self._parked):
             if job in others:
                 others.remove(job)
-        job.request = job.searching = None
+        job.request = job.searching = job.policy = job.judge = None  # their tensors are freed here, in this thread
         self._couriers.pop(job).finish(found)
 
     # ------------------------------------------------------------------ the models

@@ -22,6 +22,7 @@ import torch
 
 from ets_engine.config import EngineConfig, SearchConfig, Strategy
 from ets_engine.errors import EngineClosedError, EngineError, ETSError, QueueFullError
+from ets_engine.models import TreePolicy
 from ets_engine.runtime import Runner, StepDecoder
 from ets_engine.service import ETSEngine, get_engine
 from ets_engine.serving import Scheduler
@@ -476,6 +477,24 @@ def test_an_engine_that_nobody_holds_is_gone(folders: tuple[str, str]) -> None:
     gc.collect()
     thread.join(timeout=10)
     assert gone() is None and not thread.is_alive()
+
+
+def test_tensors_are_freed_in_the_engines_thread(engine: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch frees them without the GIL; a callback's thread that does so while the process ends would abort it."""
+    threads: list[str] = []
+
+    class Watched(TreePolicy):
+        def __del__(self) -> None:
+            threads.append(threading.current_thread().name)
+
+    monkeypatch.setattr("ets_engine.serving.scheduler.TreePolicy", Watched)
+    for _ in range(3):
+        engine.search(PROBLEMS[0], SearchConfig(width=2, max_steps=2), on_event=lambda event: None)
+    for _ in range(100):
+        if len(threads) == 3:
+            break
+        time.sleep(0.02)
+    assert threads == ["ets-engine"] * 3
 
 
 def test_close_finishes_what_was_submitted(folders: tuple[str, str]) -> None:

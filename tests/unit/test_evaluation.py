@@ -26,10 +26,12 @@ from ets_engine.evaluation import (
     read_results,
     summarise,
 )
+from ets_engine.evaluation.bench import RANK
 from ets_engine.evaluation.same_cost import same_cost_methods, samples_for
 from ets_engine.evaluation.session import check_gold
 from ets_engine.evaluation.statistics import bootstrap, rank_correlation
 from ets_engine.evaluation.table import summary_view
+from ets_engine.types import Candidate
 
 SETTINGS = Settings(
     model="m",
@@ -162,6 +164,20 @@ def test_greedy_is_measured_once_and_unknown_names_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             methods_of(strategies, widths)
+
+
+def test_the_verifier_has_no_say_in_a_majority() -> None:
+    """One vote each: whoever the PRM likes best must not win more often than the others."""
+    answers = [str(n) for n in range(100)]
+    wins = [0] * 10
+    for start in range(0, 100, 10):
+        found = [Candidate(answer=one, votes=1, weight=1 - i / 20, score=0.5, steps=()) for i, one in
+                 enumerate(answers[start : start + 10])]  # fmt: skip
+        wins[found.index(max(found, key=RANK["majority"]))] += 1
+        assert max(found, key=RANK["weighted"]) is found[0]
+        twice = found[7].model_copy(update={"votes": 2})
+        assert max([*found, twice], key=RANK["majority"]) is twice
+    assert wins[0] < 4 and max(wins) < 5
 
 
 # ---------------------------------------------------------------- records
