@@ -15,6 +15,10 @@ ENV ?= $(VENV)/.installed
 BIN := $(abspath $(VENV))/bin
 PYTEST_ARGS ?= -n 2
 
+STORY := Some friends compare what they have. Compared with Zoe, Gia owns 17 more maps. Hugo has 10 maps. \
+	Ida has 30 maps. Compared with Hugo, Tess owns 9 times as many maps. Zoe has 49 maps. Compared with Tess, Sam owns \
+	3 times as many maps. How many maps do Ida, Gia and Sam have together?
+
 .PHONY: demo test lint format bench
 .DEFAULT_GOAL := test
 
@@ -22,7 +26,7 @@ PYTEST_ARGS ?= -n 2
 demo: $(ENV)
 	$(BIN)/ets solve "Use 1, 3, 7 and 17 to make 22." --tree
 	$(BIN)/ets solve "Use 1, 10, 11, 13 and 20 to make 33." --tree
-	$(BIN)/ets solve "Use 6, 9, 13 and 19 to make 47." --tree
+	$(BIN)/ets solve "$(STORY)" --tree
 
 test: $(ENV)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)

@@ -45,6 +45,16 @@ def test_search_beats_greedy_on_fresh_countdowns(engine: ETSEngine) -> None:
     assert solved["ets"] >= solved["greedy"] + 2
 
 
+def test_search_beats_greedy_on_fresh_stories(engine: ETSEngine) -> None:
+    """12 held-out stories of the level at which greedy begins to slip."""
+    problems = [row.problem for row in generate_problems("story", 6, seed=11, count=12)]
+    right = {}
+    for strategy in ("greedy", "ets"):
+        results = engine.search_many(problems, SearchConfig(strategy=strategy, width=16))
+        right[strategy] = sum(is_right_answer(result.problem, result.answer or "") for result in results)
+    assert right["ets"] >= right["greedy"] + 1 and right["ets"] >= 6
+
+
 def test_the_same_seed_gives_the_same_result(engine: ETSEngine) -> None:
     problem = next(generate_problems("story", 5, seed=3, count=1)).problem
     config = SearchConfig(width=8, seed=5, trace=True)
