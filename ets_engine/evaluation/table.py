@@ -23,13 +23,13 @@ def _number(read: Callable[[Row], float | None], digits: int) -> Cell:
 
 
 ACCURACY: dict[str, Cell] = {
-    "solved %": _number(lambda row: row.solved.mean, 1),
+    "solved": _number(lambda row: row.solved.mean, 1),
     "95 %": lambda row: f"{row.solved.low:.0f}-{row.solved.high:.0f}",
-    "strict %": _number(lambda row: row.strict.mean, 1),
-    "lenient %": _number(lambda row: row.lenient.mean, 1),
-    "any %": _number(lambda row: row.any_right, 0),
+    "strict": _number(lambda row: row.strict.mean, 1),
+    "lenient": _number(lambda row: row.lenient.mean, 1),
+    "any": _number(lambda row: row.any_right, 0),
     "of those": _number(lambda row: row.selection, 0),
-    "by level %": lambda row: " ".join(f"{level}:{share:.0f}" for level, share in row.by_level.items()),
+    "by level": lambda row: " ".join(f"{level}:{share:.0f}" for level, share in row.by_level.items()),
 }
 COST: dict[str, Cell] = {
     "KV mean": _number(lambda row: row.mean_kv_tokens, 0),
@@ -65,9 +65,9 @@ def summary_view(summary: Summary) -> RenderableType:
 
 def _table(rows: Sequence[Row], head: str, columns: dict[str, Cell], name: Callable[[Row], str]) -> Table:
     table = Table(title=Text(head), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("method", overflow="fold", min_width=10)
+    table.add_column("method", overflow="fold", min_width=16)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=column != "by level %", overflow="fold")
+        table.add_column(column, justify="right", no_wrap=column != "by level", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, (name(row), *(cell(row) for cell in columns.values()))))
     return table
@@ -86,7 +86,7 @@ def title(summary: Summary) -> str:
     problems = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{next(iter(counts), 0)}"
     if not summary.settings:
         return f"{problems} problems"
-    return f"{summary.settings[-1].data}: {problems} problems, {summary.settings[-1].model}"
+    return f"{summary.settings[-1].data}: {problems} problems, {summary.settings[-1].model}; shares in %"
 
 
 def _times(ratio: float, better: str, worse: str) -> str:
