@@ -258,8 +258,8 @@ def grade(
     Exit codes: 0 at least SHARE of each is graded as it should be, 1 less is, 2 bad usage.
     """
     with _one_line_errors():
+        from ets_engine.evaluation.gold import check_gold
         from ets_engine.evaluation.problems import load_problems
-        from ets_engine.evaluation.session import check_gold
 
         if not 0 <= least <= 1:
             raise ConfigError(f"--least {least:g}: give a share from 0 to 1")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from threading import Event
-from typing import get_args
+from typing import Any, get_args
 from zlib import crc32
 
 from ets_engine.config import SearchConfig, Vote
@@ -173,15 +173,7 @@ class Bench:
             result = future.result()
             record = record_of(result, job, self.mode, concurrency, self.engine.num_parameters)
         except Exception as error:
-            record = Record(
-                problem=job.problem.id,
-                digest=job.problem.digest,
-                level=job.problem.level,
-                method=job.method.name,
-                seed=job.seed,
-                concurrency=concurrency,
-                error=f"{type(error).__name__}: {error}",
-            )
+            record = Record(**_asked(job, concurrency), error=f"{type(error).__name__}: {error}")
         self.results.add(record)
         self.on_result(result, record)
         return not record.error
@@ -200,12 +192,7 @@ def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_
     kv, prm = result.kv, result.verifier_kv
     read = result.prompt_tokens + result.generated_tokens
     return Record(
-        problem=job.problem.id,
-        digest=job.problem.digest,
-        level=job.problem.level,
-        method=job.method.name,
-        seed=job.seed,
-        concurrency=concurrency,
+        **_asked(job, concurrency),
         outcomes={vote: _outcome(result, job.problem, vote, mode) for vote in job.method.votes},
         any_right=any(grade(job.problem, one.answer, mode=mode).lenient for one in result.candidates),
         mean_kv_tokens=kv.mean_tokens if kv else None,
@@ -226,6 +213,18 @@ def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_
         select_s=result.timing.select_s,
         bytes_moved=result.timing.bytes_moved,
     )
+
+
+def _asked(job: Job, concurrency: int) -> dict[str, Any]:
+    """What a record says of its search, whatever came out."""
+    return {
+        "problem": job.problem.id,
+        "digest": job.problem.digest,
+        "level": job.problem.level,
+        "method": job.method.name,
+        "seed": job.seed,
+        "concurrency": concurrency,
+    }
 
 
 def _outcome(result: SearchResult, problem: EvalProblem, vote: Vote, mode: Mode) -> Outcome:

@@ -27,8 +27,8 @@ from ets_engine.evaluation import (
     summarise,
 )
 from ets_engine.evaluation.bench import RANK
+from ets_engine.evaluation.gold import check_gold
 from ets_engine.evaluation.same_cost import same_cost_methods, samples_for
-from ets_engine.evaluation.session import check_gold
 from ets_engine.evaluation.statistics import bootstrap, rank_correlation
 from ets_engine.evaluation.table import summary_view
 from ets_engine.types import Candidate
