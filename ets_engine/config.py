@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -64,6 +64,7 @@ class SearchConfig(Config):
         max_step_tokens: Most tokens of one step.
         max_tokens: Most tokens of one trajectory, prompt excluded.
         temperature: Sampling temperature; 0 is greedy.
+        stop: Texts that finish a trajectory where they first appear; they are no part of it.
         top_p, top_k, min_p: Sampling cuts; 1.0, 0 and 0.0 switch them off.
         seed: Same seed, same models, same settings: same tree.
         keep: Leaves kept by "beam" and "dvts", None = width / 4 (at least 1); "beam_sqrt" ignores it.
@@ -85,6 +86,7 @@ class SearchConfig(Config):
     max_steps: int = Field(default=40, ge=1, le=1000)
     max_step_tokens: int = Field(default=256, ge=1)
     max_tokens: int = Field(default=1024, ge=1)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     temperature: float = Field(default=1.0, ge=0.0, le=10.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)

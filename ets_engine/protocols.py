@@ -1,15 +1,19 @@
-"""The seams of a search, one page: policy, verifier, embedder, selector, step view.
+"""The seams of a search, one page: policy, verifier, embedder, selector, step view, and the service that runs them.
 
 Everything above a seam is pure; everything below owns a model, a device or a socket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack, runtime_checkable
 
-from ets_engine.types import LeafVerdict, Step
+from ets_engine.config import SearchConfig
+from ets_engine.messages import Message, Prompt
+from ets_engine.scorers import Scorer
+from ets_engine.types import LeafVerdict, SearchEvent, SearchResult, Step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,4 +124,64 @@ class StepView(Protocol):
 
     def same(self, left: str, right: str) -> bool:
         """Whether two answers count as the same vote."""
+        ...
+
+
+OnEvent = Callable[[SearchEvent], None]
+"""Called with the progress of every depth."""
+
+
+@runtime_checkable
+class Cancel(Protocol):
+    """What stops a search early, a `threading.Event` for instance."""
+
+    def is_set(self) -> bool:
+        """Whether the caller wants the best so far now; asked before every decode step, on the engine's thread."""
+        ...
+
+
+class SearchOptions(TypedDict, total=False):
+    """What a search may be given besides its problem and its settings.
+
+    Attributes:
+        verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the service's own verifier.
+        selector: Decides which leaves live, instead of the one that `config.strategy` names; it holds up everybody.
+        view: How solution texts map to answers, instead of the service's own.
+        tools: Functions that the policy may call, as JSON schemas in OpenAI's layout; nothing calls them here.
+        on_event: Called with the progress of every depth; when it is slow, some are left out. What it raises ends
+            this search.
+        cancel: Once set, the best so far is the result. A future that is cancelled before its search was let in is
+            never searched.
+    """
+
+    verifier: Scorer | None
+    selector: Selector | None
+    view: StepView | None
+    tools: Sequence[Message]
+    on_event: OnEvent | None
+    cancel: Cancel | None
+
+
+@runtime_checkable
+class SearchService(Protocol):
+    """Answers problems by tree search, from any thread: an engine with its models, or one over a model elsewhere."""
+
+    @property
+    def name(self) -> str:
+        """Names the models, so that equal names give equal answers; part of every cache key."""
+        ...
+
+    @property
+    def max_concurrent_searches(self) -> int:
+        """So many searches at a time it takes at least, before one waits for another (count)."""
+        ...
+
+    def submit(
+        self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
+    ) -> Future[SearchResult]:
+        """Start a search and return at once."""
+        ...
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as the policy reads it."""
         ...

@@ -8,17 +8,21 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
+from typing import Unpack
 
 from ets_engine.answers import MathView, ReferenceView
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, EngineError, ModelLoadError
-from ets_engine.models import PolicyFormat, PrmFormat, StepScorer
-from ets_engine.protocols import Selector, StepView
+from ets_engine.messages import Prompt, last_user_text, problem_text, to_messages
+from ets_engine.models import PolicyFormat, PrmFormat
+from ets_engine.models.formats import encode
+from ets_engine.protocols import Cancel, SearchOptions, StepView
 from ets_engine.reference import REFERENCE, check_domain, policy_path, prm_path
 from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, load_token_classifier
-from ets_engine.search import SearchTree
-from ets_engine.serving import Cancel, Job, Models, OnEvent, Worker, in_callback
-from ets_engine.serving.result import build_result
+from ets_engine.scorers import EqualVerifier, Scorer
+from ets_engine.search import SearchTree, needs_scores
+from ets_engine.serving import Job, Models, Worker, in_callback
+from ets_engine.serving.result import finish_job
 from ets_engine.types import EngineStats, SearchResult
 
 Key = tuple[str, str | None, EngineConfig]
@@ -72,12 +76,13 @@ class ETSEngine:
         self._view: StepView = view or MathView()
         self._read_problem = read_problem
         self._key = key
+        self._name = f"engine-{id(self):x}" if key is None else key[0] if key[1] is None else f"{key[0]}+{key[1]}"
         self._has_verifier = verifier is not None
         policy_bytes = policy.bytes_per_token
         verifier_bytes = verifier[0].bytes_per_token if verifier else 0
 
         def finish(job: Job, tree: SearchTree) -> SearchResult:
-            return build_result(job, tree, policy_bytes, verifier_bytes)
+            return finish_job(job, tree, policy_bytes, verifier_bytes)
 
         models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, verifier)
         self._worker = Worker(models, finish, max_queued_searches)
@@ -131,15 +136,7 @@ class ETSEngine:
         )
 
     def submit(
-        self,
-        problem: str,
-        config: SearchConfig | None = None,
-        *,
-        verifier: StepScorer | None = None,
-        selector: Selector | None = None,
-        view: StepView | None = None,
-        on_event: OnEvent | None = None,
-        cancel: Cancel | None = None,
+        self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
     ) -> Future[SearchResult]:
         """Start a search and return at once; the same seed gives the same result, whatever else runs.
 
@@ -147,48 +144,53 @@ class ETSEngine:
         call; they may use the engine themselves.
 
         Args:
-            problem: In plain text.
+            problem: A text, or the messages of a conversation, the last of which is to be answered.
             config: Strategy, width, limits, seed.
-            verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the engine's PRM.
-            selector: Decides which leaves live, instead of the one that `config.strategy` names; it runs in the
-                engine's thread and holds up everybody.
-            view: How solution texts map to answers, instead of the engine's own.
-            on_event: Called with the progress of every depth; when it is slow, some are left out. What it raises ends
-                this search.
-            cancel: A `threading.Event`, say; once set, the best so far is the result. A future that is cancelled
-                before its search was let in is never searched.
+            options: As in `SearchOptions`. Without a verifier the engine's PRM judges; where there is none, only a
+                search whose outcome no score can change.
 
         Returns:
             The result to come. What `search` raises for models, settings and contracts, the future raises.
 
         Raises:
             ReferenceDomainError: The shipped models do not know this kind of problem.
-            ConfigError: The problem is no text, or there is no verifier.
+            ConfigError: The problem is no text and no conversation, or there is no verifier.
             EngineClosedError: The engine was closed, or belongs to another process.
             QueueFullError: Too many searches wait already.
         """
-        config = config or SearchConfig()
-        _check_text(problem)
-        prompt = problem if self._read_problem is None else self._read_problem(problem)
-        if verifier is None and not self._has_verifier:
-            raise ConfigError("verifier=None: this engine has no PRM; pass search(..., verifier=function) or load one")
-        most = self._format.max_step_tokens
-        if most is not None and most < config.max_step_tokens:
-            config = config.model_copy(update={"max_step_tokens": most})
-        job = Job(problem, prompt, config, selector, verifier, view or self._view, on_event, cancel)
+        job = self._make_job(problem, config or SearchConfig(), options)
         self._worker.submit(job)
         return job.future
 
+    def _make_job(self, prompt: Prompt, config: SearchConfig, options: SearchOptions) -> Job:
+        messages = to_messages(prompt)
+        problem = last_user_text(messages) if self._format.prompt == "line" else problem_text(messages)
+        known = None if self._read_problem is None else self._read_problem(problem)
+        verifier: Scorer | EqualVerifier | None = options.get("verifier")
+        if verifier is None and not self._has_verifier:
+            if needs_scores(config):
+                raise ConfigError(
+                    "verifier=None: this engine has no PRM; pass search(..., verifier=function) or load one"
+                )
+            verifier = EqualVerifier()
+        most = self._format.max_step_tokens
+        if most is not None and most < config.max_step_tokens:
+            config = config.model_copy(update={"max_step_tokens": most})
+        return Job(
+            problem,
+            prompt=messages if known is None else known,
+            prm_problem=problem if known is None else known,
+            config=config,
+            selector=options.get("selector"),
+            verifier=verifier,
+            view=options.get("view") or self._view,
+            on_event=options.get("on_event"),
+            cancel=options.get("cancel"),
+            tools=options.get("tools", ()),
+        )
+
     def search(
-        self,
-        problem: str,
-        config: SearchConfig | None = None,
-        *,
-        verifier: StepScorer | None = None,
-        selector: Selector | None = None,
-        view: StepView | None = None,
-        on_event: OnEvent | None = None,
-        cancel: Cancel | None = None,
+        self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
     ) -> SearchResult:
         """Answer one problem: `submit`, and wait.
 
@@ -201,25 +203,15 @@ class ETSEngine:
             ProtocolError: The verifier function or the selector broke its contract.
             EngineError: The engine was closed, is full, or failed.
         """
-        stop = _Stop(cancel)
-        future = self.submit(
-            problem, config, verifier=verifier, selector=selector, view=view, on_event=on_event, cancel=stop
-        )
+        stop = options["cancel"] = _Stop(options.get("cancel"))
+        future = self.submit(problem, config, **options)
         try:
             return future.result()
         finally:
             stop.is_left = True
 
     async def asearch(
-        self,
-        problem: str,
-        config: SearchConfig | None = None,
-        *,
-        verifier: StepScorer | None = None,
-        selector: Selector | None = None,
-        view: StepView | None = None,
-        on_event: OnEvent | None = None,
-        cancel: Cancel | None = None,
+        self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
     ) -> SearchResult:
         """`search` for an event loop, which is never blocked; a cancelled task stops its search.
 
@@ -227,17 +219,15 @@ class ETSEngine:
             asyncio.CancelledError: The task was cancelled.
             ETSError: As `search`.
         """
-        stop = _Stop(cancel)
-        future = self.submit(
-            problem, config, verifier=verifier, selector=selector, view=view, on_event=on_event, cancel=stop
-        )
+        stop = options["cancel"] = _Stop(options.get("cancel"))
+        future = self.submit(problem, config, **options)
         try:
             return await asyncio.wrap_future(future)
         finally:
             stop.is_left = True
 
     def search_many(
-        self, problems: Sequence[str], config: SearchConfig | None = None, *, verifier: StepScorer | None = None
+        self, problems: Sequence[Prompt], config: SearchConfig | None = None, *, verifier: Scorer | None = None
     ) -> list[SearchResult]:
         """Answer many problems together.
 
@@ -260,6 +250,20 @@ class ETSEngine:
         finally:
             stop.is_left = True
         return [future.result() for future in futures]
+
+    @property
+    def name(self) -> str:
+        """Names the models: the policy, and the verifier where it is not the policy's own."""
+        return self._name
+
+    @property
+    def max_concurrent_searches(self) -> int:
+        """So many searches advance together before more of them at once gains nothing (count)."""
+        return _IN_FLIGHT
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as the policy reads it."""
+        return len(encode(self._format.tokenizer, text))
 
     def stats(self) -> EngineStats:
         """What this engine has done so far, over all searches.
@@ -330,16 +334,6 @@ def get_engine(model: str = REFERENCE, verifier: str | None = None, config: Engi
         if engine is None or engine._worker.is_closed:
             engine = _registry[key] = ETSEngine.from_pretrained(*key)
         return engine
-
-
-def _check_text(problem: object) -> None:
-    """Refuse what no tokenizer reads."""
-    if not isinstance(problem, str):
-        raise ConfigError(f"problem={problem!r:.100}: give a text")
-    try:
-        problem.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"problem={problem!r:.100} is no valid text: {error}") from None
 
 
 class _Stop:

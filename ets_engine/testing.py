@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ets_engine.errors import ProtocolError
+from ets_engine.lexical import HashEmbedder
 from ets_engine.types import Step, StopReason
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+__all__ = ["FakePolicy", "HashEmbedder", "TableVerifier", "hash_score"]
 
 _WORDS = ("add", "both", "sides", "so", "x", "is", "then", "half", "twice", "sum")
 
@@ -194,31 +191,3 @@ class TableVerifier:
         if text in self._table:
             return self._table[text]
         return self._default(text) if callable(self._default) else self._default
-
-
-class HashEmbedder:
-    """Embeds a text as the sum of a fixed random vector per word: equal texts are equal, shared words pull together.
-
-    Args:
-        dim: Length of the vectors.
-
-    Example:
-        >>> vectors = HashEmbedder(dim=4).embed([1, 2, 3], ["add both", "both add", "x is 5"])
-        >>> bool(np.allclose(vectors[0], vectors[1])), bool(np.allclose(vectors[0], vectors[2]))
-        (True, False)
-    """
-
-    def __init__(self, dim: int = 16) -> None:
-        """See the class."""
-        self._dim = dim
-
-    def embed(self, nodes: Sequence[int], texts: Sequence[str]) -> NDArray[np.float64]:
-        """One vector per text; an empty text is the zero vector. Shape [len(nodes), dim]."""
-        return np.array([self._embed(text) for _, text in zip(nodes, texts, strict=True)])  # [L, D]
-
-    def _embed(self, text: str) -> NDArray[np.float64]:
-        vector = np.zeros(self._dim)  # [D]
-        for word in text.split():
-            seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8])
-            vector += np.random.default_rng(seed).standard_normal(self._dim)
-        return vector

@@ -1,8 +1,9 @@
 """Who may import whom, read from the sources without running them.
 
-    errors, types, config <- protocols <- search
+    errors, types, config, messages, scorers <- protocols <- search <- results
     kv, attention (which do not know each other) <- runtime <- models
-    search, models <- serving; serving, answers, reference <- service <- evaluation, cli, ets_integrations
+    results, models <- serving; serving, answers, reference <- service <- services <- evaluation, cli, ets_integrations
+    results, answers <- hosted
 
 The checker takes any folder that holds the two packages, so each rule is also tried on a planted violation.
 """
@@ -27,18 +28,26 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
     "config": {"errors"},
-    "protocols": BASE,
-    "testing": BASE | {"protocols"},
+    "messages": {"errors"},
+    "scorers": set(),
+    "lexical": set(),
+    "protocols": BASE | {"messages", "scorers"},
+    "testing": BASE | {"protocols", "lexical"},
     "search": BASE | {"protocols"},
+    "results": BASE | {"protocols", "search"},
     "kv": BASE,
     "attention": BASE,
     "runtime": BASE | {"kv", "attention"},
     "reference": BASE | {"protocols"},
     "symbolic": set(),
     "answers": BASE | {"protocols", "reference", "symbolic"},
-    "models": BASE | {"protocols", "kv", "attention", "runtime", "reference", "answers"},
-    "serving": BASE | {"protocols", "search", "runtime", "models"},
-    "service": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "serving"},
+    "tool_calls": {"errors", "messages"},
+    "models": BASE | {"messages", "protocols", "kv", "attention", "runtime", "reference", "answers"},
+    "serving": BASE | {"messages", "protocols", "scorers", "search", "results", "runtime", "models"},
+    "service": BASE
+    | {"messages", "protocols", "scorers", "search", "runtime", "reference", "answers", "models", "serving"},
+    "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "search", "results", "answers", "services"},
+    "services": BASE | {"protocols", "service"},
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
     "terminal": BASE | {"protocols", "reference"},
     "cli": BASE | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal"},
@@ -51,7 +60,10 @@ OUTSIDE_WORLD = {  # modules through which the search core could reach a clock, 
     *("time", "datetime", "threading", "multiprocessing", "concurrent", "asyncio", "queue", "signal"),
     *("os", "io", "pathlib", "shutil", "tempfile", "subprocess", "socket", "ssl", "urllib", "http", "logging"),
 }
-PURE = ("errors", "types", "config", "protocols", "search", "testing")  # importable without any engine
+PURE = (
+    *("errors", "types", "config", "messages", "scorers", "lexical", "protocols", "search", "results", "testing"),
+    *("tool_calls", "hosted"),
+)  # importable without any engine
 
 
 @dataclass(frozen=True, slots=True)

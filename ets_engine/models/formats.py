@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ets_engine.errors import ConfigError
+from ets_engine.messages import Message, Prompt, last_user_text, to_messages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -16,8 +18,8 @@ class PolicyFormat:
 
     Attributes:
         tokenizer: The policy's.
-        prompt: "line" is the problem on a line of its own after the begin-of-text token; "chat" is one user turn in
-            the tokenizer's chat template.
+        prompt: "line" is the problem on a line of its own after the begin-of-text token: no instructions and no
+            earlier turns; "chat" is the conversation in the tokenizer's chat template.
         boundaries: Strings that end a step.
         eos_ids: Tokens that finish a solution.
         max_step_tokens: A longer step is no step of this policy, None = no such limit.
@@ -37,14 +39,37 @@ class PolicyFormat:
         """The usual format: a chat turn where the tokenizer has a chat template, steps end with a blank line."""
         return cls(tokenizer, "chat" if tokenizer.chat_template else "line", ("\n\n",), eos_ids)
 
-    def prompt_ids(self, problem: str) -> list[int]:
-        """Ids of the prompt, to be continued by the first step."""
+    def prompt_ids(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Ids of the prompt, to be continued by the first step.
+
+        Args:
+            prompt: A problem, or a conversation; "line" reads the last user turn of it.
+            tools: Functions that the policy may call, as JSON schemas in OpenAI's layout.
+
+        Raises:
+            ConfigError: The policy's prompt has no place for tools, or its chat template refuses the messages.
+        """
+        messages = to_messages(prompt)
         if self.prompt == "chat":
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=False
+            return encode(self.tokenizer, self._render(messages, tools))
+        if tools:
+            raise ConfigError("tools: this policy has no chat template, so it cannot be told of tools; leave them out")
+        return begin_ids(self.tokenizer, last_user_text(messages))
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+        """The conversation in the policy's chat template."""
+        try:
+            text, without = (
+                self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages], tools=given, add_generation_prompt=True, tokenize=False
+                )
+                for given in ([dict(tool) for tool in tools] or None, None)
             )
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return begin_ids(self.tokenizer, problem)
+        except Exception as error:  # templates raise whatever their author thought of
+            raise ConfigError(f"the policy's chat template refuses these messages: {error}") from error
+        if tools and text == without:
+            raise ConfigError("tools: this policy's chat template leaves them out; take a model trained to call tools")
+        return text
 
 
 @dataclass(frozen=True, slots=True, eq=False)

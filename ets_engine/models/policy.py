@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ets_engine.config import SearchConfig
 from ets_engine.errors import PoolExhaustedError
+from ets_engine.messages import Prompt
 from ets_engine.models.formats import PolicyFormat
 from ets_engine.models.paths import ancestors
 from ets_engine.runtime import Branch, DecodeUsage, FinishedBranch, Leaf, SamplingParams, StepDecoder, StopRules
@@ -24,23 +26,30 @@ class TreePolicy:
     Args:
         decoder: Shared with the other searches of this model.
         format: Prompt and step boundaries.
-        problem: What to solve.
+        prompt: What to solve.
         config: Sampling, limits and the seed.
         search: Name of this search among those of the decoder.
+        tools: Functions that the policy may call.
     """
 
     def __init__(
-        self, decoder: StepDecoder, format: PolicyFormat, problem: str, config: SearchConfig, search: Hashable
+        self,
+        decoder: StepDecoder,
+        format: PolicyFormat,
+        prompt: Prompt,
+        config: SearchConfig,
+        search: Hashable,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """See the class."""
         self._decoder = decoder
-        self._prompt_ids = format.prompt_ids(problem)
+        self._prompt_ids = format.prompt_ids(prompt, tools)
         self._search = search
         self._seed = config.seed
         self._max_tokens = config.max_tokens
         temperature = 0.0 if config.strategy == "greedy" else config.temperature
         self._sampling = SamplingParams(temperature, config.top_p, config.top_k, config.min_p)
-        self._stops = StopRules(format.boundaries, format.eos_ids, config.max_step_tokens)
+        self._stops = StopRules(format.boundaries, format.eos_ids, config.max_step_tokens, config.stop)
         self._paths: dict[int, tuple[int, tuple[int, ...]]] = {}  # kept paths: node -> parent, ids
         self._leaves: dict[int, Leaf] = {}  # nodes whose KV is held
         self._dropped: tuple[int, ...] = ()  # nodes whose KV was, until it was dropped

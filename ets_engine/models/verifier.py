@@ -1,9 +1,8 @@
-"""One search's verifier: a PRM that reads each new step once in a KV tree of its own, or a plain function."""
+"""One search's PRM: it reads each new step once, in a KV tree of its own."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
@@ -11,12 +10,7 @@ from ets_engine.models.formats import PrmFormat
 from ets_engine.models.paths import ancestors
 from ets_engine.runtime import Runner
 
-StepScorer = Callable[[str, Sequence[str]], float]
-"""`scorer(problem, steps)`: how good the last of these steps is after the others, in [0, 1]."""
-
 SCORE_DIGITS = 5  # the same step read in another batch differs in the seventh; equal steps must stay equal
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -227,53 +221,3 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
         scores = dict(zip(plan, chances, strict=True))
         found.append([scores.get(node, float("nan")) for node in nodes])
     return found
-
-
-class CallableVerifier:
-    """Scores steps with a plain function, a unit test or an exact checker, say; it has no KV.
-
-    Args:
-        scorer: Called once per step with the problem and the steps up to it.
-        problem: What is being solved.
-
-    Example:
-        >>> verifier = CallableVerifier(lambda problem, steps: 1.0 if "4" in steps[-1] else 0.0, "2+2=?")
-        >>> verifier.score([1, 2], [0, 0], ["so 4", "so 5"])
-        [1.0, 0.0]
-        >>> verifier.score([3], [1], ["it is 4"])
-        [1.0]
-    """
-
-    def __init__(self, scorer: StepScorer, problem: str) -> None:
-        """See the class."""
-        self._scorer = scorer
-        self._problem = problem
-        self._paths: dict[int, tuple[str, ...]] = {0: ()}
-        self._has_failed = False
-
-    def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
-        """One score per step; NaN where the function raises: that branch has failed, the search goes on.
-
-        The first error of a search is logged as a warning.
-        """
-        return [self._score(*one) for one in zip(nodes, parents, texts, strict=True)]
-
-    def _score(self, node: int, parent: int, text: str) -> float:
-        self._paths[node] = (*self._paths[parent], text)
-        try:
-            return float(self._scorer(self._problem, self._paths[node]))
-        except Exception as error:
-            if not self._has_failed:
-                _LOGGER.warning("the verifier function failed on %r: %r; such branches end", text, error)
-            self._has_failed = True
-            return float("nan")
-
-    def retain(self, leaves: Sequence[int]) -> None:
-        """Forget every other path."""
-        self._paths = {leaf: self._paths[leaf] for leaf in leaves}
-
-    def drop(self) -> None:
-        """No KV is held."""
-
-    def close(self) -> None:
-        """Nothing is held."""

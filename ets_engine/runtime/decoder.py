@@ -271,7 +271,7 @@ class StepDecoder:
     def _finish(self, row: int, token: int, logprob: float, reason: StopReason) -> FinishedBranch:
         """The finished step of the live branch whose last token was just drawn; changes nothing."""
         one = self._live[row]
-        ended = reason is StopReason.FINISHED
+        ended = token in one.branch.stops.eos_ids
         tokens = tuple(one.tokens) if ended else (*one.tokens, token)
         state, read = self._states[one.state], len(one.tokens)
         mean = self._sums[row] / read if read else state
@@ -284,7 +284,8 @@ class StepDecoder:
             path_tokens=parent.path_tokens + len(tokens),
             hidden=state.clone() if ended else None,
         )
-        text = self._stops.text(parent.recent, tokens)
+        cut = None if ended else self._stops.cut(one.branch.stops, parent.recent, tokens)
+        text = self._stops.text(parent.recent, tokens) if cut is None else cut
         hidden_mean = mean.float().cpu().numpy().copy()  # not a view that keeps the states of the whole batch
         return FinishedBranch(one.branch, leaf, tokens, text, reason, hidden_mean, one.logprob + logprob)
 

@@ -30,6 +30,7 @@ class StopRules:
         strings: A step whose text has content and then one of these ends there; it may straddle tokens.
         eos_ids: Tokens that finish the trajectory; they are no part of its text.
         max_step_tokens: A longer step ends at a boundary, >= 1.
+        final_strings: One of these finishes the trajectory; it may have begun in the step before.
 
     Raises:
         ConfigError: an empty stop string, or no room for a token.
@@ -38,9 +39,10 @@ class StopRules:
     strings: tuple[str, ...] = ("\n\n",)
     eos_ids: frozenset[int] = field(default_factory=frozenset)
     max_step_tokens: int = 256
+    final_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not all(self.strings) or self.max_step_tokens < 1:
+        if not all(self.strings + self.final_strings) or self.max_step_tokens < 1:
             raise ConfigError(f"{self}: stop strings must not be empty and max_step_tokens must be >= 1")
 
 
@@ -91,6 +93,9 @@ class StopFinder:
         """
         if tokens[-1] in rules.eos_ids:
             return StopReason.FINISHED
+        may_finish = rules.final_strings and self._may_close(rules.final_strings, tokens[-1])
+        if may_finish and self.cut(rules, recent, tokens) is not None:
+            return StopReason.FINISHED
         if rules.strings and self._may_close(rules.strings, tokens[-1]):
             text = self.text(recent, tokens).lstrip()  # blank lines alone are no step
             if any(stop in text for stop in rules.strings):
@@ -98,6 +103,19 @@ class StopFinder:
         if len(tokens) >= tokens_left:
             return StopReason.LENGTH
         return StopReason.BOUNDARY if len(tokens) >= rules.max_step_tokens else None
+
+    def cut(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int]) -> str | None:
+        """Text that `tokens` add before the first final string, None when they complete none."""
+        if not rules.final_strings:
+            return None
+        before, text = self._decode(recent), self.text(recent, tokens)
+        ends: list[int] = []
+        for stop in rules.final_strings:
+            above = before[len(before) - len(stop) + 1 :] if len(before) >= len(stop) else before
+            place = (above + text).find(stop)  # it may have begun above, but not ended there
+            if place >= 0:
+                ends.append(max(0, place - len(above)))
+        return text[: min(ends)] if ends else None
 
     def _may_close(self, strings: tuple[str, ...], token: int) -> bool:
         """Whether a token may hold the last character of a stop string, or complete one of several bytes."""

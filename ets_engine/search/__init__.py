@@ -1,7 +1,7 @@
 """The search core: a tree, one loop, and one selector per published method; no torch, no I/O, no clock."""
 
 from ets_engine.search.aggregate import Trajectory, rank_answers, reduce_scores, trajectories
-from ets_engine.search.build import build_selector, effective_width
+from ets_engine.search.build import build_selector, effective_width, needs_scores
 from ets_engine.search.cluster import cluster_steps
 from ets_engine.search.dora import Dora
 from ets_engine.search.drivers import answer, run
@@ -39,6 +39,7 @@ __all__ = [
     "build_selector",
     "cluster_steps",
     "effective_width",
+    "needs_scores",
     "rank_answers",
     "reduce_scores",
     "run",

@@ -68,3 +68,15 @@ def effective_width(config: SearchConfig) -> int:
         1
     """
     return 1 if config.strategy == "greedy" else config.width
+
+
+def needs_scores(config: SearchConfig) -> bool:
+    """Whether the scores of a verifier can change what a search finds.
+
+    Example:
+        >>> needs_scores(SearchConfig(strategy="best_of_n", vote="majority")), needs_scores(SearchConfig())
+        (False, True)
+    """
+    if effective_width(config) == 1:
+        return False
+    return config.strategy != "best_of_n" or config.vote != "majority"

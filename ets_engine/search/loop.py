@@ -164,6 +164,6 @@ def _event(tree: SearchTree, kind: str, kept: tuple[int, ...]) -> SearchEvent:
             "kv_unique_tokens": tree.union_tokens(kept),
             "kv_path_tokens": sum(tree.tokens_to(leaf) for leaf in kept),
             "generated_tokens": tree.generated_tokens,
-            "common_text": tree.common_text([*finished, *kept]),
+            "common_text": tree.common_text([*(finished or tree.stopped_by(StopReason.LENGTH)), *kept]),
         }
     )

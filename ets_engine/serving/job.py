@@ -7,30 +7,24 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from ets_engine.config import SearchConfig
-from ets_engine.models import CallableVerifier, PrmVerifier, StepScorer, TreePolicy
-from ets_engine.protocols import Selector, StepView
+from ets_engine.messages import Message, Prompt
+from ets_engine.models import PrmVerifier, TreePolicy
+from ets_engine.protocols import Cancel, OnEvent, Selector, StepView
+from ets_engine.results import EndedEarly
+from ets_engine.scorers import CallableVerifier, EqualVerifier, Scorer
 from ets_engine.search import Request, Score, SearchTree
 from ets_engine.types import SearchEvent, SearchResult
 
-OnEvent = Callable[[SearchEvent], None]
 PENDING = object()
 MAX_EVENTS = 64  # undelivered; when a callback is slower than the search, events in between are left out
 _callback = threading.local()
-
-
-class Cancel(Protocol):
-    """What stops a search early, a `threading.Event` for instance."""
-
-    def is_set(self) -> bool:
-        """Whether the caller wants the best so far now; asked before every decode step, on the engine's thread."""
-        ...
 
 
 def in_callback() -> object:
@@ -43,14 +37,16 @@ class Job:
     """A search under way; the engine's thread alone changes it, apart from `error`, which callbacks set.
 
     Attributes:
-        problem: As asked.
-        prompt: As the models know it.
+        problem: What verifiers of the caller's own and views read.
+        prompt: What the policy reads.
+        prm_problem: What the PRM reads.
         config: Width, limits, seed.
         selector: Of the caller's own, None = the one that `config` names.
         verifier: Of the caller's own, None = the engine's PRM.
         view: How texts map to answers.
         on_event: Called with every depth's progress, in a thread of this job.
         cancel: Once set, the best so far is the result.
+        tools: Functions that the policy may call.
         future: Of the result.
         began_s: When it was submitted (`time.perf_counter`).
         context: The submitter's context variables; its functions run in it.
@@ -66,23 +62,25 @@ class Job:
     """
 
     problem: str
-    prompt: str
+    prompt: Prompt
+    prm_problem: str
     config: SearchConfig
     selector: Selector | None
-    verifier: StepScorer | None
+    verifier: Scorer | EqualVerifier | None
     view: StepView
     on_event: OnEvent | None
     cancel: Cancel | None
+    tools: Sequence[Message] = ()
     future: Future[SearchResult] = field(default_factory=Future)
     began_s: float = field(default_factory=time.perf_counter)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     number: int = field(default_factory=itertools.count().__next__)
-    ended_early: Literal["cancelled", "deadline"] | None = None
+    ended_early: EndedEarly | None = None
     is_stopped: bool = False
     is_read: bool = False
     searching: Generator[Request, Any, SearchTree] | None = None
     policy: TreePolicy | None = None
-    judge: PrmVerifier | CallableVerifier | None = None
+    judge: PrmVerifier | CallableVerifier | EqualVerifier | None = None
     request: Request | None = None
     is_asked: bool = False
     reply: object = PENDING

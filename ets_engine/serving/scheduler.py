@@ -14,7 +14,6 @@ from typing import cast
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.models import (
-    CallableVerifier,
     PolicyFormat,
     PrmFormat,
     PrmVerifier,
@@ -23,6 +22,7 @@ from ets_engine.models import (
     score_together,
 )
 from ets_engine.runtime import Runner, StepDecoder
+from ets_engine.scorers import CallableVerifier, EqualVerifier
 from ets_engine.search import (
     Expand,
     Progress,
@@ -222,12 +222,14 @@ class Scheduler:
             return
         self._live[job.number] = job
         models = self._models
-        job.policy = TreePolicy(models.decoder, models.format, job.prompt, job.config, job.number)
-        if job.verifier is not None:
+        job.policy = TreePolicy(models.decoder, models.format, job.prompt, job.config, job.number, job.tools)
+        if isinstance(job.verifier, EqualVerifier):
+            job.judge = job.verifier
+        elif job.verifier is not None:
             job.judge = CallableVerifier(job.verifier, job.problem)
         else:
             assert models.verifier is not None
-            job.judge = PrmVerifier(*models.verifier, job.prompt, job.number)
+            job.judge = PrmVerifier(*models.verifier, job.prm_problem, job.number)
         self._check_fit(job)
         job.searching = search(job.config, job.selector, clock=time.perf_counter)
         job.request = next(job.searching)
@@ -284,7 +286,7 @@ class Scheduler:
                     job.policy.submit(parents, children)
                 steps = job.policy.steps()
                 return PENDING if steps is None else steps
-            case Score() as request:
+            case Score() as request if not isinstance(job.judge, EqualVerifier):
                 if not was_asked and isinstance(job.judge, CallableVerifier):
                     self._couriers[job].judge(job.judge, request, lambda found: self._hear(job, request, found))
                 return job.reply

@@ -11,8 +11,9 @@ import torch
 
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ContextLengthError
-from ets_engine.models import CallableVerifier, PrmFormat, PrmVerifier
+from ets_engine.models import PrmFormat, PrmVerifier
 from ets_engine.runtime import Runner
+from ets_engine.scorers import CallableVerifier
 
 from .engines import tiny_prm, tiny_tokenizer
 

@@ -1,0 +1,269 @@
+"""Tree search over a model that runs elsewhere: the same loop and selectors, without a KV tree of ours."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+from ets_engine.answers import MathView
+from ets_engine.config import SearchConfig
+from ets_engine.errors import ConfigError, EngineClosedError, EngineError
+from ets_engine.lexical import HashEmbedder
+from ets_engine.messages import Message, Prompt, problem_text, to_messages
+from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, Verifier
+from ets_engine.results import EndedEarly, build_result
+from ets_engine.scorers import CallableVerifier, EqualVerifier, Scorer
+from ets_engine.search import needs_scores, run, search
+from ets_engine.types import SearchResult, Step, StopReason, Timing
+
+CHARACTERS_PER_TOKEN = 4  # a usual figure for English, where nobody counts
+
+
+@dataclass(frozen=True, slots=True)
+class ProposalRequest:
+    """Steps that a search wants from a model.
+
+    Attributes:
+        messages: The conversation that is to be answered.
+        partials: What each branch has written of its answer so far; the same text may stand there several times.
+        config: Sampling, limits and the seed.
+        tools: Functions that the model may call.
+    """
+
+    messages: Sequence[Message]
+    partials: Sequence[str]
+    config: SearchConfig
+    tools: Sequence[Message] = ()
+
+
+StepProposer = Callable[[ProposalRequest], Sequence[Step]]
+"""Proposes the next step of every branch, in order; one that failed is a `Step` with `StopReason.ERROR`."""
+
+
+def estimate_tokens(text: str) -> int:
+    """A guess at the tokens of a text.
+
+    Example:
+        >>> estimate_tokens("four letters")
+        3
+    """
+    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+
+
+class HostedEngine:
+    """A `SearchService` over any model behind a function, a server's or a framework's; no model library is needed.
+
+    Searches run side by side in threads of their own, each asking the model for all steps of a depth at once. What the
+    model's owner does with the branches' common prefixes is not seen here: results have no KV figures.
+
+    Args:
+        proposer: Asks the model.
+        verifier: Judges steps; None = every search brings its own, or is one that no score can change.
+        name: Names model and verifier, for caches.
+        view: How texts map to answers.
+        embedder: How differently steps reason; None compares their words.
+        max_concurrent_searches: Searches that run at a time; more wait.
+        count_tokens: Tokens of a text, None = a guess from its length.
+
+    Example:
+        >>> def propose(request):
+        ...     return [Step("The answer is 2.", 5, StopReason.FINISHED) for _ in request.partials]
+        >>> with HostedEngine(propose, lambda problem, steps: 1.0, name="two") as engine:
+        ...     engine.search("What is 1+1?", SearchConfig(width=4)).answer
+        '2'
+    """
+
+    def __init__(
+        self,
+        proposer: StepProposer,
+        verifier: Scorer | None = None,
+        *,
+        name: str,
+        view: StepView | None = None,
+        embedder: Embedder | None = None,
+        max_concurrent_searches: int = 64,
+        count_tokens: Callable[[str], int] = estimate_tokens,
+    ) -> None:
+        """See the class."""
+        self.name = name
+        self.max_concurrent_searches = max_concurrent_searches
+        self.count_tokens = count_tokens
+        self._proposer = proposer
+        self._verifier = verifier
+        self._view: StepView = view or MathView()
+        self._embedder: Embedder = embedder or HashEmbedder(dim=64)
+        self._pool = ThreadPoolExecutor(max_concurrent_searches, thread_name_prefix=f"ets-{name}")
+
+    def submit(
+        self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
+    ) -> Future[SearchResult]:
+        """Start a search and return at once; verifier, model and `on_event` run with this call's context variables.
+
+        Raises:
+            ConfigError: The problem is no text and no conversation, or there is no verifier.
+            EngineClosedError: The engine was closed.
+        """
+        config = config or SearchConfig()
+        messages = to_messages(problem)
+        scorer = options.get("verifier") or self._verifier
+        if scorer is None and needs_scores(config):
+            raise ConfigError("verifier=None: this engine has none; pass submit(..., verifier=function)")
+        job = _HostedSearch(messages, config, scorer, options.get("cancel"))
+        try:
+            return self._pool.submit(contextvars.copy_context().run, self._run, job, options)
+        except RuntimeError as error:
+            raise EngineClosedError(f"the engine {self.name!r} was closed; make another") from error
+
+    def search(
+        self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
+    ) -> SearchResult:
+        """Answer one problem: `submit`, and wait.
+
+        Raises:
+            EngineError: The model failed on every branch.
+            ETSError: As `submit`.
+        """
+        return self.submit(problem, config, **options).result()
+
+    def close(self) -> None:
+        """Take no more searches, and wait for those that run."""
+        self._pool.shutdown(wait=True)
+
+    def __enter__(self) -> HostedEngine:
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close."""
+        self.close()
+
+    def __copy__(self) -> HostedEngine:
+        """The engine itself: it stands for one model."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> HostedEngine:
+        """The engine itself: it stands for one model."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle its name; unpickling takes what is registered under it there (`register_service`)."""
+        from ets_engine.services import find_service
+
+        return find_service, (self.name,)
+
+    def _run(self, job: _HostedSearch, options: SearchOptions) -> SearchResult:
+        view = options.get("view") or self._view
+        selector = options.get("selector")
+        policy = _HostedPolicy(self._proposer, job, options.get("tools", ()), self.count_tokens)
+        verifier: Verifier = (
+            EqualVerifier() if job.scorer is None else _Timed(CallableVerifier(job.scorer, job.problem), job)
+        )
+        tree = run(
+            search(job.config, selector, clock=time.perf_counter),
+            policy,
+            verifier,
+            self._embedder,
+            on_event=options.get("on_event"),
+            should_stop=job.wants_to_stop,
+        )
+        if policy.error is not None and all(tree[leaf].step.stop is StopReason.ERROR for leaf in tree.closed):
+            raise EngineError(f"{self.name!r} failed on every branch, first with: {policy.error}")
+        return build_result(
+            tree,
+            job.config,
+            view,
+            problem=job.problem,
+            timing=Timing(
+                wall_s=time.perf_counter() - job.began_s,
+                policy_s=job.policy_s,
+                verifier_s=job.verifier_s,
+                select_s=tree.select_s,
+                bytes_moved=0,
+                decode_steps=0,
+            ),
+            generated_tokens=tree.generated_tokens,
+            ended_early=job.ended_early,
+            strategy=None if selector is None else type(selector).__name__,
+        )
+
+
+@dataclass(eq=False)
+class _HostedSearch:
+    """One search: what was asked, when it must end, and where its time went."""
+
+    messages: Sequence[Message]
+    config: SearchConfig
+    scorer: Scorer | None
+    cancel: Cancel | None
+    began_s: float = field(default_factory=time.perf_counter)
+    policy_s: float = 0.0
+    verifier_s: float = 0.0
+    ended_early: EndedEarly | None = None
+
+    @property
+    def problem(self) -> str:
+        return problem_text(self.messages)
+
+    def wants_to_stop(self) -> bool:
+        if self.cancel is not None and self.cancel.is_set():
+            self.ended_early = "cancelled"
+        elif self.config.deadline_s is not None and time.perf_counter() - self.began_s >= self.config.deadline_s:
+            self.ended_early = "deadline"
+        return self.ended_early is not None
+
+
+class _HostedPolicy:
+    """A `Policy` that asks a proposer and keeps the text of each path."""
+
+    def __init__(
+        self, proposer: StepProposer, job: _HostedSearch, tools: Sequence[Message], count_tokens: Callable[[str], int]
+    ) -> None:
+        self._proposer = proposer
+        self._job = job
+        self._tools = tools
+        self._count_tokens = count_tokens
+        self._texts = {0: ""}
+        self.error: str | None = None
+
+    def start(self) -> int:
+        return max(1, sum(self._count_tokens(message.get("content") or "") for message in self._job.messages))
+
+    def expand(self, parents: Sequence[int], children: Sequence[int]) -> list[Step]:
+        began_s = time.perf_counter()
+        request = ProposalRequest(
+            self._job.messages, [self._texts[parent] for parent in parents], self._job.config, self._tools
+        )
+        try:
+            steps = list(self._proposer(request))
+        except Exception as error:
+            steps = [Step("", 0, StopReason.ERROR, f"{type(error).__name__}: {error}") for _ in parents]
+        self._job.policy_s += time.perf_counter() - began_s
+        for parent, child, step in zip(parents, children, steps, strict=False):  # the loop refuses a wrong number
+            self._texts[child] = self._texts[parent] + step.text
+            self.error = self.error or step.error
+        return steps
+
+    def retain(self, leaves: Sequence[int]) -> None:
+        self._texts = {leaf: self._texts[leaf] for leaf in leaves}
+
+
+class _Timed:
+    """A `Verifier` whose time is written down."""
+
+    def __init__(self, verifier: CallableVerifier, job: _HostedSearch) -> None:
+        self._verifier = verifier
+        self._job = job
+
+    def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
+        began_s = time.perf_counter()
+        scores = self._verifier.score(nodes, parents, texts)
+        self._job.verifier_s += time.perf_counter() - began_s
+        return scores
+
+    def retain(self, leaves: Sequence[int]) -> None:
+        self._verifier.retain(leaves)

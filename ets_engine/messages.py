@@ -1,0 +1,80 @@
+"""What a caller asks, as a text or as chat messages, and the plain text of it that verifiers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ets_engine.errors import ConfigError
+
+Message = Mapping[str, Any]
+"""One turn as chat templates take it: `role`, `content`, and where they apply `tool_calls`, `tool_call_id`, `name`."""
+
+Prompt = str | Sequence[Message]
+"""A problem in plain text, or the conversation that ends with it."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def to_messages(prompt: Prompt) -> tuple[Message, ...]:
+    """The conversation of a prompt; a text is one user turn.
+
+    Raises:
+        ConfigError: It is neither a text nor messages, it is empty, or some text is no valid text.
+
+    Example:
+        >>> to_messages("What is 1+1?")
+        ({'role': 'user', 'content': 'What is 1+1?'},)
+    """
+    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise ConfigError(f"problem={prompt!r:.100}: give a text, or messages with a role and a content")
+    if not messages:
+        raise ConfigError("problem=[]: give at least one message")
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ConfigError(f"role={role!r} in {message!r:.100}: choose one of {', '.join(ROLES)}")
+        if not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
+            raise ConfigError(f"content={content!r:.100} of a {role} message: give a text")
+        try:
+            (content or "").encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"content={content!r:.100} is no valid text: {error}") from None
+    return tuple(messages)
+
+
+def last_user_text(messages: Sequence[Message]) -> str:
+    """Content of the last user turn: what a model without a chat template reads.
+
+    Raises:
+        ConfigError: There is no user turn.
+    """
+    for message in reversed(messages):
+        if message["role"] == "user":
+            return message["content"]
+    raise ConfigError("the conversation has no user message, and this policy, without a chat template, reads only that")
+
+
+def problem_text(messages: Sequence[Message]) -> str:
+    """What a verifier reads as the problem: the one question, or else the conversation but for instructions.
+
+    Example:
+        >>> problem_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}])
+        '1+1?'
+        >>> turns = [("user", "1+1?"), ("assistant", "2"), ("user", "And twice that?")]
+        >>> print(problem_text([{"role": role, "content": content} for role, content in turns]))
+        user: 1+1?
+        assistant: 2
+        user: And twice that?
+    """
+    turns = [message for message in messages if message["role"] not in ("system", "developer")] or list(messages)
+    if len(turns) == 1:
+        return turns[0]["content"] or ""
+    return "\n".join(f"{turn['role']}: {_content(turn)}" for turn in turns)
+
+
+def _content(turn: Message) -> str:
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    called = "".join(f" [calls {call.get('name')}({call.get('arguments')})]" for call in calls)
+    return (turn.get("content") or "") + called

@@ -1,0 +1,111 @@
+"""From a search tree to its result: votes, the winner, and why it ended; it knows no model and no engine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ets_engine.config import SearchConfig
+from ets_engine.protocols import StepView
+from ets_engine.search import SearchTree, Trajectory, effective_width, rank_answers, trajectories
+from ets_engine.types import FinishReason, KVStats, ScoredStep, SearchResult, StopReason, Timing
+
+EndedEarly = Literal["cancelled", "deadline"]
+
+
+def build_result(
+    tree: SearchTree,
+    config: SearchConfig,
+    view: StepView,
+    *,
+    problem: str,
+    timing: Timing,
+    generated_tokens: int,
+    cached_prompt_tokens: int = 0,
+    verifier_tokens: int = 0,
+    kv: KVStats | None = None,
+    verifier_kv: KVStats | None = None,
+    ended_early: EndedEarly | None = None,
+    strategy: str | None = None,
+) -> SearchResult:
+    """The result of a search.
+
+    Args:
+        tree: What it found.
+        config: Its settings.
+        view: How texts map to answers.
+        problem: As verifiers read it.
+        timing: Where the time went.
+        generated_tokens: Over the whole tree (count).
+        cached_prompt_tokens: Of the prompt's, those that need not be read (count).
+        verifier_tokens: Read by the PRM (count).
+        kv: Of the policy, None without.
+        verifier_kv: Of the PRM, None without.
+        ended_early: Why it was stopped, where it was.
+        strategy: Name of a selector of the caller's own, None = the one that `config` names.
+    """
+    paths = trajectories(tree, config.reduce)
+    candidates = rank_answers(paths, [view.answer(problem, path.text) for path in paths], view.same, config.vote)
+    steps = candidates[0].steps if candidates else _best_steps(tree, paths)
+    return SearchResult(
+        problem=problem,
+        text="".join(step.text for step in steps),
+        answer=candidates[0].answer if candidates else None,
+        score=candidates[0].score if candidates else max((path.score for path in paths), default=0.0),
+        steps=steps,
+        candidates=candidates[: config.n_candidates],
+        finish_reason=_finish_reason(tree, ended_early, bool(candidates)),
+        prompt_tokens=tree.prompt_tokens,
+        cached_prompt_tokens=cached_prompt_tokens,
+        generated_tokens=generated_tokens,
+        verifier_tokens=verifier_tokens,
+        path_tokens=sum(step.num_tokens for step in steps),
+        trajectories=len(paths),
+        num_errors=len(tree.stopped_by(StopReason.ERROR)),
+        kv=kv,
+        verifier_kv=verifier_kv,
+        timing=timing,
+        strategy=strategy or config.strategy,
+        width=effective_width(config),
+        seed=config.seed,
+        trace=tree.trace() if config.trace else None,
+    )
+
+
+def tree_kv(tree: SearchTree, *, peak_tokens: int, mean_tokens: float, bytes_per_token: int) -> KVStats:
+    """KV figures of the policy whose steps a tree holds; the arguments are as in `KVStats`."""
+    return KVStats(
+        peak_tokens=peak_tokens,
+        mean_tokens=mean_tokens,
+        bytes_per_token=bytes_per_token,
+        unique_tokens=tree.unique_tokens,
+        path_tokens=tree.path_tokens,
+        published_tokens=tree.published_tokens,
+    )
+
+
+def _best_steps(tree: SearchTree, paths: tuple[Trajectory, ...]) -> tuple[ScoredStep, ...]:
+    """Steps to show where there is no answer: the best trajectory's, else the best other path's.
+
+    A path that lives is better than one that was pruned: what it shares with the others may have been shown already.
+    """
+    if paths:
+        return max(paths, key=lambda path: path.score).steps
+
+    def rank(leaf: int) -> tuple[bool, bool, float]:
+        verdict = tree.verdict(leaf)
+        is_pruned = verdict is not None and not verdict.share
+        return tree[leaf].step.stop is not StopReason.ERROR, not is_pruned, tree[leaf].step_score
+
+    nodes = tree.path(max(tree.leaves, key=rank))[1:]
+    return tuple(ScoredStep(text=n.step.text, score=n.step_score, num_tokens=n.step.num_tokens) for n in nodes)
+
+
+def _finish_reason(tree: SearchTree, ended_early: EndedEarly | None, answered: bool) -> FinishReason:
+    if tree.stopped:
+        return ended_early or "cancelled"
+    if answered:
+        return "stop"
+    if tree.finished:
+        return "no_answer"
+    all_failed = not tree.frontier and not tree.stopped_by(StopReason.LENGTH)
+    return "error" if all_failed else "length"
