@@ -1,0 +1,75 @@
+"""What both frameworks' adapters make of a user's settings: one search config, a fresh seed, a name for a verifier."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from ets_engine.config import SearchConfig
+from ets_engine.errors import ConfigError
+
+Effort = Literal["low", "medium", "high"]
+WIDTHS: dict[str, int] = {"low": 4, "medium": 16, "high": 64}
+"""Trajectories kept alive, by effort."""
+
+
+def resolve_config(
+    settings: SearchConfig | Mapping[str, Any] | None = None, *, effort: str | None = None, **changes: Any
+) -> SearchConfig:
+    """One complete config; what is said explicitly goes before the effort, the effort before the defaults.
+
+    Args:
+        settings: A config, or some of its fields.
+        effort: "low", "medium" or "high": the width where none is given.
+        changes: Fields that are changed; None leaves one as it is.
+
+    Raises:
+        ConfigError: An unknown effort or field, or a value out of range.
+
+    Example:
+        >>> resolve_config({"strategy": "rebase"}, effort="high", max_steps=None).width
+        64
+        >>> resolve_config({"width": 8}, effort="high").width
+        8
+    """
+    if effort is not None and effort not in WIDTHS:
+        raise ConfigError(f"effort={effort!r}: choose one of {', '.join(WIDTHS)}")
+    given = settings.model_dump(exclude_unset=True) if isinstance(settings, SearchConfig) else dict(settings or {})
+    given |= {name: value for name, value in changes.items() if value is not None}
+    if effort is not None:
+        given.setdefault("width", WIDTHS[effort])
+    return SearchConfig(**given)
+
+
+def fresh_seed() -> int:
+    """A seed that nobody has used: two calls that ask for no seed are two samples."""
+    return secrets.randbits(63)
+
+
+def verifier_name(verifier: str | Callable[..., Any] | object | None) -> str | None:
+    """What tells one verifier from another in a cache key, None where nothing reliable does.
+
+    A PRM is its name, an object with a text `id` that, and a function its module, name and source, provided that it
+    closes over nothing: two closures of one source may judge differently.
+
+    Example:
+        >>> verifier_name("path/to/prm")
+        'path/to/prm'
+        >>> limit = 3
+        >>> verifier_name((lambda: lambda problem, steps: limit)()) is None  # no source here
+        True
+    """
+    if verifier is None or isinstance(verifier, str):
+        return verifier
+    if isinstance(name := getattr(verifier, "id", None), str):
+        return name
+    if not inspect.isfunction(verifier) or verifier.__closure__ or verifier.__defaults__ or verifier.__kwdefaults__:
+        return None
+    try:
+        source = inspect.getsource(verifier)
+    except (OSError, TypeError):
+        return None
+    return f"py:{verifier.__module__}.{verifier.__qualname__}:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
