@@ -21,13 +21,16 @@ if TYPE_CHECKING:
         EngineError,
         ETSError,
         ModelLoadError,
+        NoUsableAnswerError,
         PoolExhaustedError,
         ProtocolError,
         QueueFullError,
         ReferenceDomainError,
         UnsupportedModelError,
     )
+    from ets_engine.hosted import HostedEngine
     from ets_engine.service import ETSEngine, get_engine
+    from ets_engine.services import find_service, register_service
     from ets_engine.types import EngineStats, SearchEvent, SearchResult
 
 __version__ = "0.1.0"
@@ -41,7 +44,9 @@ _HOME = {
     "EngineConfig": "config",
     "EngineError": "errors",
     "EngineStats": "types",
+    "HostedEngine": "hosted",
     "ModelLoadError": "errors",
+    "NoUsableAnswerError": "errors",
     "PoolExhaustedError": "errors",
     "ProtocolError": "errors",
     "QueueFullError": "errors",
@@ -50,7 +55,9 @@ _HOME = {
     "SearchEvent": "types",
     "SearchResult": "types",
     "UnsupportedModelError": "errors",
+    "find_service": "services",
     "get_engine": "service",
+    "register_service": "services",
 }  # public name -> the module that defines it
 
 __all__ = [
@@ -62,7 +69,9 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineStats",
+    "HostedEngine",
     "ModelLoadError",
+    "NoUsableAnswerError",
     "PoolExhaustedError",
     "ProtocolError",
     "QueueFullError",
@@ -72,7 +81,9 @@ __all__ = [
     "SearchResult",
     "UnsupportedModelError",
     "__version__",
+    "find_service",
     "get_engine",
+    "register_service",
 ]
 
 

@@ -8,6 +8,7 @@
     ├── ContextLengthError     (also ValueError)    the prompt alone does not fit the model or the budget
     ├── PoolExhaustedError     (also MemoryError)   no free KV page is left
     ├── ProtocolError                               a policy, verifier, embedder or selector broke its contract
+    ├── NoUsableAnswerError                         no branch ended in what the request demands
     └── EngineError                                 the engine cannot take or finish a search
         ├── EngineClosedError                       it was closed, or lives in another process
         └── QueueFullError                          too many searches wait already
@@ -46,6 +47,10 @@ class PoolExhaustedError(ETSError, MemoryError):
 
 class ProtocolError(ETSError):
     """A policy, verifier, embedder or selector returned what its protocol does not allow."""
+
+
+class NoUsableAnswerError(ETSError):
+    """No branch ended in an answer that the request allows, a tool call that it demands, say."""
 
 
 class EngineError(ETSError):

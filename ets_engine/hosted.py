@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from ets_engine.answers import MathView
@@ -15,7 +17,7 @@ from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError, EngineClosedError, EngineError
 from ets_engine.lexical import HashEmbedder
 from ets_engine.messages import Message, Prompt, problem_text, to_messages
-from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, Verifier
+from ets_engine.protocols import Cancel, Embedder, SearchOptions, SearchService, StepView, Verifier, check_options
 from ets_engine.results import EndedEarly, build_result
 from ets_engine.scorers import CallableVerifier, EqualVerifier, Scorer
 from ets_engine.search import needs_scores, run, search
@@ -31,7 +33,7 @@ class ProposalRequest:
     Attributes:
         messages: The conversation that is to be answered.
         partials: What each branch has written of its answer so far; the same text may stand there several times.
-        config: Sampling, limits and the seed.
+        config: Sampling, limits, stop texts and the seed, the temperature being that of the strategy.
         tools: Functions that the model may call.
     """
 
@@ -42,7 +44,11 @@ class ProposalRequest:
 
 
 StepProposer = Callable[[ProposalRequest], Sequence[Step]]
-"""Proposes the next step of every branch, in order; one that failed is a `Step` with `StopReason.ERROR`."""
+"""Proposes the next step of every branch, in order; one that failed is a `Step` with `StopReason.ERROR`.
+
+It alone can honour `config.max_step_tokens`, and spare the model what comes after one of `config.stop`. Where it
+raises, every branch of that depth has failed.
+"""
 
 
 def estimate_tokens(text: str) -> int:
@@ -55,11 +61,35 @@ def estimate_tokens(text: str) -> int:
     return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
+def cut_step(step: Step, above: str, stops: Sequence[str]) -> Step:
+    """The step up to the first stop text, which finishes it; the step itself where there is none, or it has failed.
+
+    Args:
+        step: As the model wrote it.
+        above: What its branch had written before; a stop text may begin there.
+        stops: As in `SearchConfig.stop`.
+
+    Example:
+        >>> cut_step(Step("so x = 3. END of it", 9), "", ("END",))
+        Step(text='so x = 3. ', num_tokens=9, stop=<StopReason.FINISHED: 'finished'>, error=None)
+    """
+    ends: list[int] = []
+    for stop in stops:
+        tail = above[max(0, len(above) - len(stop) + 1) :]
+        place = (tail + step.text).find(stop)
+        if place >= 0:
+            ends.append(max(0, place - len(tail)))
+    if not ends or step.stop is StopReason.ERROR:
+        return step
+    return replace(step, text=step.text[: min(ends)], stop=StopReason.FINISHED)
+
+
 class HostedEngine:
     """A `SearchService` over any model behind a function, a server's or a framework's; no model library is needed.
 
     Searches run side by side in threads of their own, each asking the model for all steps of a depth at once. What the
-    model's owner does with the branches' common prefixes is not seen here: results have no KV figures.
+    model's owner does with the branches' common prefixes is not seen here: results have no KV figures. A deadline and
+    `cancel` are looked at before and after each question to model or verifier, never during one.
 
     Args:
         proposer: Asks the model.
@@ -92,46 +122,58 @@ class HostedEngine:
         """See the class."""
         self.name = name
         self.max_concurrent_searches = max_concurrent_searches
-        self.count_tokens = count_tokens
+        self._count_tokens = count_tokens
         self._proposer = proposer
         self._verifier = verifier
         self._view: StepView = view or MathView()
         self._embedder: Embedder = embedder or HashEmbedder(dim=64)
         self._pool = ThreadPoolExecutor(max_concurrent_searches, thread_name_prefix=f"ets-{name}")
+        self._searching: set[int] = set()  # threads that run a search
+        self._is_closed = False
 
     def submit(
         self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
     ) -> Future[SearchResult]:
         """Start a search and return at once; verifier, model and `on_event` run with this call's context variables.
 
+        They may search themselves: such a search waits for no other.
+
         Raises:
             ConfigError: The problem is no text and no conversation, or there is no verifier.
             EngineClosedError: The engine was closed.
         """
-        config = config or SearchConfig()
-        messages = to_messages(problem)
-        scorer = options.get("verifier") or self._verifier
-        if scorer is None and needs_scores(config):
-            raise ConfigError("verifier=None: this engine has none; pass submit(..., verifier=function)")
-        job = _HostedSearch(messages, config, scorer, options.get("cancel"))
-        try:
-            return self._pool.submit(contextvars.copy_context().run, self._run, job, options)
-        except RuntimeError as error:
-            raise EngineClosedError(f"the engine {self.name!r} was closed; make another") from error
+        return self._start(self._make_job(problem, config or SearchConfig(), options))
 
     def search(
         self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
     ) -> SearchResult:
         """Answer one problem: `submit`, and wait.
 
+        An exception in this thread meanwhile, KeyboardInterrupt for instance, stops the search.
+
         Raises:
             EngineError: The model failed on every branch.
             ETSError: As `submit`.
         """
-        return self.submit(problem, config, **options).result()
+        job = self._make_job(problem, config or SearchConfig(), options)
+        try:
+            return self._start(job).result()
+        finally:
+            job.is_left = True
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, as the engine was told to count them."""
+        return self._count_tokens(text)
 
     def close(self) -> None:
-        """Take no more searches, and wait for those that run."""
+        """Take no more searches, and wait for those submitted so far.
+
+        Raises:
+            EngineError: Called from a function of one of those searches: waiting would never end.
+        """
+        if threading.get_ident() in self._searching:
+            raise EngineError(f"a running search of {self.name!r} closed its engine; do that after the search")
+        self._is_closed = True
         self._pool.shutdown(wait=True)
 
     def __enter__(self) -> HostedEngine:
@@ -152,14 +194,44 @@ class HostedEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle its name; unpickling takes what is registered under it there (`register_service`)."""
-        from ets_engine.services import find_service
+        return _find_registered, (self.name,)
 
-        return find_service, (self.name,)
+    def _make_job(self, problem: Prompt, config: SearchConfig, options: SearchOptions) -> _HostedSearch:
+        check_options(options)
+        messages, scorer = to_messages(problem), options.get("verifier")
+        if scorer is None:
+            scorer = self._verifier
+        if scorer is None and needs_scores(config, options.get("selector")):
+            raise ConfigError("verifier=None: this engine has none; pass submit(..., verifier=function)")
+        tools = copy.deepcopy(tuple(options.get("tools") or ()))
+        return _HostedSearch(messages, config, scorer, options.get("cancel"), tools, options)
 
-    def _run(self, job: _HostedSearch, options: SearchOptions) -> SearchResult:
-        view = options.get("view") or self._view
-        selector = options.get("selector")
-        policy = _HostedPolicy(self._proposer, job, options.get("tools", ()), self.count_tokens)
+    def _start(self, job: _HostedSearch) -> Future[SearchResult]:
+        if self._is_closed:
+            raise EngineClosedError(f"the engine {self.name!r} was closed; make another")
+        run = contextvars.copy_context().run
+        if threading.get_ident() not in self._searching:
+            try:
+                return self._pool.submit(run, self._run, job)
+            except RuntimeError as error:  # closed meanwhile, or the interpreter ends
+                raise EngineClosedError(f"the engine {self.name!r} was closed; make another") from error
+        own = ThreadPoolExecutor(1, thread_name_prefix=f"ets-{self.name}-inner")  # the others may wait for this one
+        try:
+            return own.submit(run, self._run, job)
+        finally:
+            own.shutdown(wait=False)
+
+    def _run(self, job: _HostedSearch) -> SearchResult:
+        self._searching.add(threading.get_ident())
+        try:
+            return self._search(job)
+        finally:
+            self._searching.discard(threading.get_ident())
+
+    def _search(self, job: _HostedSearch) -> SearchResult:
+        options = job.options
+        view, selector = options.get("view") or self._view, options.get("selector")
+        policy = _HostedPolicy(self._proposer, job, self.count_tokens)
         verifier: Verifier = (
             EqualVerifier() if job.scorer is None else _Timed(CallableVerifier(job.scorer, job.problem), job)
         )
@@ -171,9 +243,7 @@ class HostedEngine:
             on_event=options.get("on_event"),
             should_stop=job.wants_to_stop,
         )
-        if policy.error is not None and all(tree[leaf].step.stop is StopReason.ERROR for leaf in tree.closed):
-            raise EngineError(f"{self.name!r} failed on every branch, first with: {policy.error}")
-        return build_result(
+        result = build_result(
             tree,
             job.config,
             view,
@@ -190,6 +260,16 @@ class HostedEngine:
             ended_early=job.ended_early,
             strategy=None if selector is None else type(selector).__name__,
         )
+        if result.finish_reason == "error" and policy.error is not None:
+            message = f"{self.name!r} failed on every branch, first with: {policy.error}"
+            raise EngineError(message) from policy.raised
+        return result
+
+
+def _find_registered(name: str) -> SearchService:
+    from ets_engine.services import registered_service
+
+    return registered_service(name)
 
 
 @dataclass(eq=False)
@@ -200,17 +280,20 @@ class _HostedSearch:
     config: SearchConfig
     scorer: Scorer | None
     cancel: Cancel | None
+    tools: Sequence[Message]
+    options: SearchOptions
     began_s: float = field(default_factory=time.perf_counter)
     policy_s: float = 0.0
     verifier_s: float = 0.0
     ended_early: EndedEarly | None = None
+    is_left: bool = False  # by the caller who waited for it
 
     @property
     def problem(self) -> str:
         return problem_text(self.messages)
 
     def wants_to_stop(self) -> bool:
-        if self.cancel is not None and self.cancel.is_set():
+        if self.is_left or (self.cancel is not None and self.cancel.is_set()):
             self.ended_early = "cancelled"
         elif self.config.deadline_s is not None and time.perf_counter() - self.began_s >= self.config.deadline_s:
             self.ended_early = "deadline"
@@ -220,32 +303,38 @@ class _HostedSearch:
 class _HostedPolicy:
     """A `Policy` that asks a proposer and keeps the text of each path."""
 
-    def __init__(
-        self, proposer: StepProposer, job: _HostedSearch, tools: Sequence[Message], count_tokens: Callable[[str], int]
-    ) -> None:
+    def __init__(self, proposer: StepProposer, job: _HostedSearch, count_tokens: Callable[[str], int]) -> None:
         self._proposer = proposer
         self._job = job
-        self._tools = tools
+        self._config = job.config
+        if job.config.strategy == "greedy":
+            self._config = job.config.model_copy(update={"temperature": 0.0})
         self._count_tokens = count_tokens
         self._texts = {0: ""}
-        self.error: str | None = None
+        self.error: str | None = None  # of the first step that failed
+        self.raised: Exception | None = None  # what the proposer raised first
 
     def start(self) -> int:
         return max(1, sum(self._count_tokens(message.get("content") or "") for message in self._job.messages))
 
     def expand(self, parents: Sequence[int], children: Sequence[int]) -> list[Step]:
         began_s = time.perf_counter()
-        request = ProposalRequest(
-            self._job.messages, [self._texts[parent] for parent in parents], self._job.config, self._tools
-        )
+        partials = [self._texts[parent] for parent in parents]
+        request = ProposalRequest(self._job.messages, partials, self._config, self._job.tools)
         try:
-            steps = list(self._proposer(request))
+            found: object = self._proposer(request)
+            steps = list(found) if isinstance(found, Iterable) else found
         except Exception as error:
+            self.raised = self.raised or error
             steps = [Step("", 0, StopReason.ERROR, f"{type(error).__name__}: {error}") for _ in parents]
         self._job.policy_s += time.perf_counter() - began_s
-        for parent, child, step in zip(parents, children, steps, strict=False):  # the loop refuses a wrong number
+        if not isinstance(steps, list) or not all(isinstance(step, Step) for step in steps):
+            return steps  # type: ignore[return-value] # the loop refuses it, as it does a wrong number
+        for place, (parent, child) in enumerate(zip(parents[: len(steps)], children, strict=False)):
+            step = steps[place] = cut_step(steps[place], self._texts[parent], self._config.stop)
             self._texts[child] = self._texts[parent] + step.text
-            self.error = self.error or step.error
+            if step.stop is StopReason.ERROR:
+                self.error = self.error or step.error or "a step that says nothing of its error"
         return steps
 
     def retain(self, leaves: Sequence[int]) -> None:

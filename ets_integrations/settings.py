@@ -58,8 +58,9 @@ def verifier_name(verifier: str | Callable[..., Any] | object | None) -> str | N
     Example:
         >>> verifier_name("path/to/prm")
         'path/to/prm'
-        >>> limit = 3
-        >>> verifier_name((lambda: lambda problem, steps: limit)()) is None  # no source here
+        >>> def at_most(limit):
+        ...     return lambda problem, steps: float(len(steps) <= limit)
+        >>> verifier_name(at_most(3)) is None
         True
     """
     if verifier is None or isinstance(verifier, str):

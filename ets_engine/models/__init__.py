@@ -2,6 +2,7 @@
 
 from ets_engine.models.formats import PolicyFormat, PrmFormat
 from ets_engine.models.policy import TreePolicy
+from ets_engine.models.scorer import PrmScorer
 from ets_engine.models.verifier import (
     PrmVerifier,
     ScoreRequest,
@@ -12,6 +13,7 @@ from ets_engine.models.verifier import (
 __all__ = [
     "PolicyFormat",
     "PrmFormat",
+    "PrmScorer",
     "PrmVerifier",
     "ScoreRequest",
     "TreePolicy",

@@ -58,17 +58,19 @@ class PolicyFormat:
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
         """The conversation in the policy's chat template."""
+        turns, given = [dict(message) for message in messages], [dict(tool) for tool in tools]
         try:
-            text, without = (
-                self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], tools=given, add_generation_prompt=True, tokenize=False
-                )
-                for given in ([dict(tool) for tool in tools] or None, None)
+            text = self.tokenizer.apply_chat_template(
+                turns, tools=given or None, add_generation_prompt=True, tokenize=False
+            )
+            is_heard = not tools or text != self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # templates raise whatever their author thought of
             raise ConfigError(f"the policy's chat template refuses these messages: {error}") from error
-        if tools and text == without:
+        if not is_heard:
             raise ConfigError("tools: this policy's chat template leaves them out; take a model trained to call tools")
+        assert isinstance(text, str)
         return text
 
 

@@ -1,0 +1,255 @@
+"""`ETSRunnable`: a tree search as a LangChain Runnable, with its scores, candidates and figures; and as a tool."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, closing
+from functools import partial
+from threading import Event
+from typing import Any, Self
+
+from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+from langchain_core.messages import BaseMessage, convert_to_messages
+from langchain_core.prompt_values import PromptValue
+from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from langchain_core.tools import BaseTool, StructuredTool
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ets_engine.errors import ConfigError, EngineError
+from ets_engine.messages import Prompt
+from ets_engine.protocols import SearchOptions
+from ets_engine.types import SearchEvent, SearchResult
+from ets_integrations.langchain.events import Progress, aemit, emit
+from ets_integrations.langchain.messages import from_langchain
+from ets_integrations.langchain.settings import SearchSettings
+from ets_integrations.langchain.watch import Submit, awatch, watch
+
+Question = str | Mapping[str, Any] | Sequence[Any] | PromptValue
+"""A text, messages, a prompt's output, or a dict that holds one of them under "problem", "question" or "input"."""
+
+KEYS = ("problem", "question", "input", "messages")
+
+
+class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
+    """Answers a question by tree search and returns all that was found: answer, candidates, scores, KV figures.
+
+    `stream` and `astream` yield the search's events, then the result. `SearchSettings` has the fields; they can be
+    made configurable, and `SearchConfig`'s may be given per call.
+
+    Example:
+        >>> solve = ETSRunnable(model="reference", width=16, seed=0)
+        >>> result = solve.invoke("Use 1, 3, 7 and 17 to make 22.")
+        >>> eval(result.answer), result.kv.sharing_ratio > 1.0
+        (22, True)
+    """
+
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        self.resolve_search()  # refuses what no search could honour
+        return self
+
+    def invoke(self, input: Question, config: RunnableConfig | None = None, **kwargs: Any) -> SearchResult:
+        """Search, and wait; progress goes to the callbacks of `config` as "ets.*" events.
+
+        Raises:
+            EngineError: Every branch failed, or the engine did.
+            ETSError: The question or a setting is refused.
+        """
+        return self._call_with_config(partial(self._search, settings=kwargs), input, config, run_type="chain")
+
+    async def ainvoke(self, input: Question, config: RunnableConfig | None = None, **kwargs: Any) -> SearchResult:
+        """`invoke` for an event loop; a cancelled task stops its search."""
+        return await self._acall_with_config(partial(self._asearch, settings=kwargs), input, config, run_type="chain")
+
+    def batch(
+        self,
+        inputs: list[Question],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[SearchResult]:
+        """Search for all answers together: all are submitted, then waited for.
+
+        Args:
+            inputs: Questions.
+            config: For all, or one each.
+            return_exceptions: Whether what one question raises stands in its place, instead of being raised.
+            kwargs: Settings of these searches.
+        """
+        return self._batch_with_config(
+            partial(self._search_all, settings=kwargs), inputs, config, return_exceptions=return_exceptions
+        )
+
+    def stream(
+        self, input: Question, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[SearchEvent | SearchResult]:  # type: ignore[override]
+        """The search's events, then its result; leaving the iterator stops the search."""
+        yield from self._transform_stream_with_config(
+            iter([input]), partial(self._watch, settings=kwargs), config, run_type="chain"
+        )
+
+    async def astream(
+        self, input: Question, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[SearchEvent | SearchResult]:  # type: ignore[override]
+        """`stream` for an event loop."""
+
+        async def questions() -> AsyncIterator[Question]:
+            yield input
+
+        items = self._atransform_stream_with_config(
+            questions(), partial(self._awatch, settings=kwargs), config, run_type="chain"
+        )
+        async with aclosing(items):
+            async for item in items:
+                yield item
+
+    def _submit(self, question: Question, settings: Mapping[str, Any]) -> Submit:
+        prompt = read_question(question)
+        service = self.find_service(settings.get("model"))
+        config = self.draw_seed(self.resolve_search(settings), settings)
+        options = SearchOptions(verifier=self.scorer())
+
+        def submit(on_event: Callable[[SearchEvent], None], cancel: Event) -> Future[SearchResult]:
+            return service.submit(prompt, config, **{**options, "on_event": on_event, "cancel": cancel})
+
+        return submit
+
+    def _search(
+        self, question: Question, run_manager: CallbackManagerForChainRun, settings: Mapping[str, Any]
+    ) -> SearchResult:
+        progress = Progress()
+        with closing(watch(self._submit(question, settings))) as items:
+            for item in items:
+                if isinstance(item, SearchResult):
+                    return _check(item)
+                for name, data in progress.pick(item):
+                    emit(run_manager, name, data)
+        raise AssertionError("a search ends with a result")
+
+    async def _asearch(
+        self, question: Question, run_manager: AsyncCallbackManagerForChainRun, settings: Mapping[str, Any]
+    ) -> SearchResult:
+        progress = Progress()
+        async with aclosing(awatch(self._submit(question, settings))) as items:
+            async for item in items:
+                if isinstance(item, SearchResult):
+                    return _check(item)
+                for name, data in progress.pick(item):
+                    await aemit(run_manager, name, data)
+        raise AssertionError("a search ends with a result")
+
+    def _search_all(self, questions: list[Question], settings: Mapping[str, Any]) -> list[SearchResult | Exception]:
+        cancel = Event()
+        pending: list[Future[SearchResult] | Exception] = []
+        try:
+            for question in questions:
+                try:
+                    pending.append(self._submit(question, settings)(lambda event: None, cancel))
+                except Exception as error:
+                    pending.append(error)
+            return [_outcome(one) for one in pending]
+        finally:
+            cancel.set()  # after an interrupt nobody waits for the others
+
+    def _watch(
+        self, questions: Iterator[Question], settings: Mapping[str, Any]
+    ) -> Iterator[SearchEvent | SearchResult]:
+        for question in questions:
+            with closing(watch(self._submit(question, settings))) as items:
+                for item in items:
+                    yield _check(item) if isinstance(item, SearchResult) else item
+
+    async def _awatch(
+        self, questions: AsyncIterator[Question], settings: Mapping[str, Any]
+    ) -> AsyncIterator[SearchEvent | SearchResult]:
+        async for question in questions:
+            async with aclosing(awatch(self._submit(question, settings))) as items:
+                async for item in items:
+                    yield _check(item) if isinstance(item, SearchResult) else item
+
+
+class _Problem(BaseModel):
+    question: str = Field(description="The whole question, with every figure and condition that the answer needs.")
+
+
+def ets_tool(
+    solver: ETSRunnable,
+    name: str = "solve_hard_problem",
+    description: str = (
+        "Solves one hard, self-contained problem by careful search over many lines of reasoning. Slow: use it only "
+        "where a direct answer is likely to be wrong. Give the whole problem in plain text."
+    ),
+) -> BaseTool:
+    """A tool for agents: it takes a question and returns the answer with its reasoning.
+
+    Args:
+        solver: Searches.
+        name: How the agent calls it.
+        description: When the agent should.
+
+    Example:
+        >>> tool = ets_tool(ETSRunnable(model="reference", width=16, seed=0))
+        >>> eval(tool.invoke({"question": "Use 1, 3, 7 and 17 to make 22."}).splitlines()[0].removeprefix("Answer: "))
+        22
+    """
+
+    def solve(question: str) -> str:
+        return _report(solver.invoke(question))
+
+    async def asolve(question: str) -> str:
+        return _report(await solver.ainvoke(question))
+
+    return StructuredTool.from_function(
+        solve, coroutine=asolve, name=name, description=description, args_schema=_Problem
+    )
+
+
+def read_question(question: Question) -> Prompt:
+    """The engine's prompt for whatever a chain hands over.
+
+    Raises:
+        ConfigError: It holds no question.
+
+    Example:
+        >>> read_question({"question": "What is 1+1?"})
+        'What is 1+1?'
+    """
+    if isinstance(question, str):
+        return question
+    if isinstance(question, PromptValue):
+        return from_langchain(question.to_messages())
+    if isinstance(question, BaseMessage):
+        return from_langchain([question])
+    if isinstance(question, Mapping) and "role" not in question:
+        found = next((question[key] for key in KEYS if key in question), None)
+        if found is None:
+            raise ConfigError(f"input={question!r:.100}: give it one of the keys {', '.join(KEYS)}")
+        return read_question(found)
+    if isinstance(question, Sequence):
+        return from_langchain(convert_to_messages(question))
+    raise ConfigError(f"input={question!r:.100}: give a text, messages, a prompt's output or a dict")
+
+
+def _report(result: SearchResult) -> str:
+    if result.answer is None:
+        return f"No answer was found ({result.finish_reason}). The best attempt:\n{result.text}"
+    return f"Answer: {result.answer}\nReasoning:\n{result.text}"
+
+
+def _check(result: SearchResult) -> SearchResult:
+    if result.finish_reason == "error":
+        raise EngineError(f"all {result.num_errors} branches of the search failed; the log says why")
+    return result
+
+
+def _outcome(pending: Future[SearchResult] | Exception) -> SearchResult | Exception:
+    if isinstance(pending, Exception):
+        return pending
+    try:
+        return _check(pending.result())
+    except Exception as error:
+        return error

@@ -1,0 +1,83 @@
+"""Verifiers in LangChain's terms: any Runnable that scores, and a chat model that judges."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import Runnable
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_JUDGE = ChatPromptTemplate.from_messages(
+    [
+        (
+            "system",
+            "You judge the last step of an unfinished solution. Answer with one integer from 0 to 10 and nothing else: "
+            "10 = all steps are right and lead towards the answer, 0 = something is wrong.",
+        ),
+        ("human", "Problem:\n{problem}\n\nSteps so far:\n{text}\n\nScore of the last step:"),
+    ]
+)
+
+
+class RunnableVerifier:
+    """A Runnable as the verifier: it is given `{"problem", "steps", "text"}` and returns a score in [0, 1].
+
+    All new steps of a depth are scored in one `batch`. One that raises, or scores outside [0, 1], fails its branch.
+
+    Args:
+        runnable: Returns a number, or a message or text that holds one.
+        id: Names it in caches, None = searches with it are never mixed with any other's.
+        scale: What stands for 1.0: 10 for a judge that marks from 0 to 10.
+
+    Example:
+        >>> from langchain_core.runnables import RunnableLambda
+        >>> verifier = RunnableVerifier(RunnableLambda(lambda given: 1.0 if "4" in given["steps"][-1] else 0.0))
+        >>> verifier.score_many("2+2?", [["so 4"], ["so 5"]])
+        [1.0, 0.0]
+    """
+
+    def __init__(self, runnable: Runnable[dict[str, Any], Any], *, id: str | None = None, scale: float = 1.0) -> None:
+        """See the class."""
+        self._runnable = runnable
+        self._scale = scale
+        self.id = id
+
+    def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> list[float]:
+        """Scores of the paths' last steps, NaN for one that cannot be judged."""
+        given = [{"problem": problem, "steps": list(path), "text": "".join(path)} for path in paths]
+        found = self._runnable.batch(given, return_exceptions=True)
+        return [self._read(one) for one in found]
+
+    def _read(self, found: Any) -> float:
+        if isinstance(found, BaseMessage):
+            found = found.text
+        if isinstance(found, str):
+            numbers = _NUMBER.findall(found)
+            found = numbers[-1] if numbers else math.nan
+        try:
+            score = float(found) / self._scale
+        except (TypeError, ValueError):  # an exception, or no number
+            return math.nan
+        return score if 0.0 <= score <= 1.0 else math.nan
+
+
+def judge(model: BaseChatModel, prompt: ChatPromptTemplate = _JUDGE, *, scale: float = 10.0) -> RunnableVerifier:
+    """A chat model as the verifier; one call per new step, so take a cheap one.
+
+    Args:
+        model: Marks steps.
+        prompt: Of `problem`, `steps` (a list) and `text` (the steps joined); asks for one number.
+        scale: The best mark.
+
+    Example:
+        >>> from langchain_core.language_models import FakeListChatModel
+        >>> judge(FakeListChatModel(responses=["7"])).score_many("2+2?", [["so 4"]])
+        [0.7]
+    """
+    return RunnableVerifier(prompt | model, scale=scale)
