@@ -73,6 +73,8 @@ class SearchConfig(Config):
         lambda_d: ETS's worth of full semantic coverage. Dimensionless, >= 0.
         cluster_cut: Cosine distance at which steps stop being the same idea, in [0, 2].
         node_cost: What lambda_b prices: "tokens" (ours) or "nodes" (published).
+        allocation: How ETS splits the width over kept leaves: "floor_one" gives each a child first (ours), "ceil" is
+            the published sequential ceiling, which may give some none.
         kv_budget_tokens: Hard cap on resident KV tokens of the policy, None = no cap.
         reduce: Step scores of a path to one trajectory score.
         vote: Trajectories to one answer.
@@ -98,6 +100,7 @@ class SearchConfig(Config):
     lambda_d: float = Field(default=1.0, ge=0.0)
     cluster_cut: float = Field(default=0.2, ge=0.0, le=2.0)
     node_cost: Literal["tokens", "nodes"] = "tokens"
+    allocation: Literal["floor_one", "ceil"] = "floor_one"
     kv_budget_tokens: int | None = Field(default=None, ge=1)
     reduce: Reduce = "last"
     vote: Vote = "weighted"

@@ -232,9 +232,10 @@ class HostedEngine:
         options = job.options
         view, selector = options.get("view") or self._view, options.get("selector")
         policy = _HostedPolicy(self._proposer, job, self.count_tokens)
-        verifier: Verifier = (
-            EqualVerifier() if job.scorer is None else _Timed(CallableVerifier(job.scorer, job.problem), job)
-        )
+        verifier: Verifier = EqualVerifier()
+        if job.scorer is not None:
+            read_step = options.get("read_step") if options.get("verifier") is None else None
+            verifier = _Timed(CallableVerifier(job.scorer, job.problem, read_step), job)
         tree = run(
             search(job.config, selector, clock=time.perf_counter),
             policy,
@@ -290,7 +291,7 @@ class _HostedSearch:
 
     @property
     def problem(self) -> str:
-        return problem_text(self.messages)
+        return self.options.get("problem_text") or problem_text(self.messages)
 
     def wants_to_stop(self) -> bool:
         if self.is_left or (self.cancel is not None and self.cancel.is_set()):

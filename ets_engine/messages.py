@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +19,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def to_messages(prompt: Prompt) -> tuple[Message, ...]:
-    """The conversation of a prompt; a text is one user turn.
+    """The conversation of a prompt, in copies of its own; a text is one user turn.
 
     Raises:
-        ConfigError: It is neither a text nor messages, it is empty, or some text is no valid text.
+        ConfigError: It is neither a text nor messages, it is empty, or some part of a message is no valid text.
 
     Example:
         >>> to_messages("What is 1+1?")
@@ -35,13 +37,20 @@ def to_messages(prompt: Prompt) -> tuple[Message, ...]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ConfigError(f"role={role!r} in {message!r:.100}: choose one of {', '.join(ROLES)}")
-        if not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
+        calls = message.get("tool_calls")
+        if not (isinstance(content, str) or (content is None and calls and role == "assistant")):
             raise ConfigError(f"content={content!r:.100} of a {role} message: give a text")
+        if calls is not None and not (isinstance(calls, Sequence) and all(map(_is_call, calls))):
+            raise ConfigError(f"tool_calls={calls!r:.100}: give OpenAI's layout")
         try:
-            (content or "").encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"content={content!r:.100} is no valid text: {error}") from None
-    return tuple(messages)
+            json.dumps(dict(message), ensure_ascii=False, default=str).encode()
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{message!r:.100} is no valid text: {error}") from None
+    return tuple(copy.deepcopy(dict(message)) for message in messages)
+
+
+def _is_call(call: object) -> bool:
+    return isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping)
 
 
 def last_user_text(messages: Sequence[Message]) -> str:
@@ -70,7 +79,7 @@ def problem_text(messages: Sequence[Message]) -> str:
     """
     turns = [message for message in messages if message["role"] not in ("system", "developer")] or list(messages)
     if len(turns) == 1:
-        return turns[0]["content"] or ""
+        return _content(turns[0])
     return "\n".join(f"{turn['role']}: {_content(turn)}" for turn in turns)
 
 

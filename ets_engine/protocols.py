@@ -148,6 +148,9 @@ class SearchOptions(TypedDict, total=False):
         selector: Decides which leaves live, instead of the one that `config.strategy` names; it holds up everybody.
         view: How solution texts map to answers, instead of the service's own.
         tools: Functions that the policy may call, as JSON schemas in OpenAI's layout; nothing calls them here.
+        problem_text: What verifiers and views read as the problem, instead of the conversation's text.
+        read_step: What the service's own verifier reads of a step's text: markup that a framework asked the policy for
+            is none of its business.
         on_event: Called with the progress of every depth; when it is slow, some are left out. What it raises ends
             this search.
         cancel: Once set, the best so far is the result. A future that is cancelled before its search was let in is
@@ -158,8 +161,21 @@ class SearchOptions(TypedDict, total=False):
     selector: Selector | None
     view: StepView | None
     tools: Sequence[Message]
+    problem_text: str | None
+    read_step: Callable[[str], str] | None
     on_event: OnEvent | None
     cancel: Cancel | None
+
+
+def check_options(options: SearchOptions) -> None:
+    """Refuse what no search takes, as a signature with these names would.
+
+    Raises:
+        TypeError: An unknown name.
+    """
+    for name in options:
+        if name not in SearchOptions.__optional_keys__:
+            raise TypeError(f"unexpected search option {name!r}; there are {', '.join(SearchOptions.__annotations__)}")
 
 
 @runtime_checkable

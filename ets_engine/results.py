@@ -86,17 +86,11 @@ def tree_kv(tree: SearchTree, *, peak_tokens: int, mean_tokens: float, bytes_per
 def _best_steps(tree: SearchTree, paths: tuple[Trajectory, ...]) -> tuple[ScoredStep, ...]:
     """Steps to show where there is no answer: the best trajectory's, else the best other path's.
 
-    A path that lives is better than one that was pruned: what it shares with the others may have been shown already.
+    Never a path that others were preferred to: what those have in common may have been shown already.
     """
     if paths:
         return max(paths, key=lambda path: path.score).steps
-
-    def rank(leaf: int) -> tuple[bool, bool, float]:
-        verdict = tree.verdict(leaf)
-        is_pruned = verdict is not None and not verdict.share
-        return tree[leaf].step.stop is not StopReason.ERROR, not is_pruned, tree[leaf].step_score
-
-    nodes = tree.path(max(tree.leaves, key=rank))[1:]
+    nodes = tree.path(max(tree.contenders, key=lambda leaf: tree[leaf].step_score))[1:]
     return tuple(ScoredStep(text=n.step.text, score=n.step_score, num_tokens=n.step.num_tokens) for n in nodes)
 
 

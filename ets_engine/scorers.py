@@ -30,6 +30,7 @@ class CallableVerifier:
     Args:
         scorer: Called once per step with the problem and the steps up to it, or, a `BatchScorer`, once per depth.
         problem: What is being solved.
+        read_step: What the scorer is given of a step's text, None = all of it.
 
     Example:
         >>> verifier = CallableVerifier(lambda problem, steps: 1.0 if "4" in steps[-1] else 0.0, "2+2=?")
@@ -39,10 +40,11 @@ class CallableVerifier:
         [1.0]
     """
 
-    def __init__(self, scorer: Scorer, problem: str) -> None:
+    def __init__(self, scorer: Scorer, problem: str, read_step: Callable[[str], str] | None = None) -> None:
         """See the class."""
         self._scorer = scorer
         self._problem = problem
+        self._read_step = read_step
         self._paths: dict[int, tuple[str, ...]] = {0: ()}
         self._has_failed = False
 
@@ -52,7 +54,7 @@ class CallableVerifier:
         The first error of a search is logged as a warning.
         """
         for node, parent, text in zip(nodes, parents, texts, strict=True):
-            self._paths[node] = (*self._paths[parent], text)
+            self._paths[node] = (*self._paths[parent], text if self._read_step is None else self._read_step(text))
         if isinstance(self._scorer, BatchScorer):
             return self._score_many(self._scorer, nodes)
         return [self._score(self._scorer, node) for node in nodes]
@@ -66,9 +68,15 @@ class CallableVerifier:
     def _score_many(self, scorer: BatchScorer, nodes: Sequence[int]) -> list[float]:
         try:
             scores = scorer.score_many(self._problem, [self._paths[node] for node in nodes])
-            return [float(score) for _, score in zip(nodes, scores, strict=True)]
+            return [self._number(node, score) for node, score in zip(nodes, scores, strict=True)]
         except Exception as error:
             return [self._fail(node, error) for node in nodes]
+
+    def _number(self, node: int, score: object) -> float:
+        try:
+            return float(score)  # pyright: ignore[reportArgumentType] # a caller's function returned it
+        except Exception as error:
+            return self._fail(node, error)
 
     def _fail(self, node: int, error: Exception) -> float:
         if not self._has_failed:

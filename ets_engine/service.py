@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
+import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,7 +18,7 @@ from ets_engine.errors import ConfigError, EngineError, ModelLoadError
 from ets_engine.messages import Prompt, last_user_text, problem_text, to_messages
 from ets_engine.models import PolicyFormat, PrmFormat
 from ets_engine.models.formats import encode
-from ets_engine.protocols import Cancel, SearchOptions, StepView
+from ets_engine.protocols import Cancel, SearchOptions, StepView, check_options
 from ets_engine.reference import REFERENCE, check_domain, policy_path, prm_path
 from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, load_token_classifier
 from ets_engine.scorers import EqualVerifier, Scorer
@@ -76,7 +78,7 @@ class ETSEngine:
         self._view: StepView = view or MathView()
         self._read_problem = read_problem
         self._key = key
-        self._name = f"engine-{id(self):x}" if key is None else key[0] if key[1] is None else f"{key[0]}+{key[1]}"
+        self._name = f"engine-{uuid.uuid4().hex}" if key is None else key[0] if key[1] is None else f"{key[0]}+{key[1]}"
         self._has_verifier = verifier is not None
         policy_bytes = policy.bytes_per_token
         verifier_bytes = verifier[0].bytes_per_token if verifier else 0
@@ -163,12 +165,14 @@ class ETSEngine:
         return job.future
 
     def _make_job(self, prompt: Prompt, config: SearchConfig, options: SearchOptions) -> Job:
+        check_options(options)
         messages = to_messages(prompt)
-        problem = last_user_text(messages) if self._format.prompt == "line" else problem_text(messages)
-        known = None if self._read_problem is None else self._read_problem(problem)
+        asked = last_user_text(messages) if self._format.prompt == "line" else problem_text(messages)
+        problem = options.get("problem_text") or asked
+        known = None if self._read_problem is None else self._read_problem(asked)
         verifier: Scorer | EqualVerifier | None = options.get("verifier")
         if verifier is None and not self._has_verifier:
-            if needs_scores(config):
+            if needs_scores(config, options.get("selector")):
                 raise ConfigError(
                     "verifier=None: this engine has no PRM; pass search(..., verifier=function) or load one"
                 )
@@ -186,7 +190,8 @@ class ETSEngine:
             view=options.get("view") or self._view,
             on_event=options.get("on_event"),
             cancel=options.get("cancel"),
-            tools=options.get("tools", ()),
+            read_step=options.get("read_step"),
+            tools=copy.deepcopy(tuple(options.get("tools") or ())),
         )
 
     def search(

@@ -24,10 +24,23 @@ def register_service(name: str, service: SearchService) -> None:
         >>> find_service("my-model").name
         'my-model'
     """
-    if not isinstance(service, SearchService):
+    if isinstance(service, type) or not isinstance(service, SearchService):
         raise ConfigError(f"service={service!r:.100}: give an ETSEngine, or anything else with submit(problem, config)")
     with _lock:
         _registered[name] = service
+
+
+def registered_service(name: str) -> SearchService:
+    """The service that was registered under this name; no model is loaded in its place.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    with _lock:
+        service = _registered.get(name)
+    if service is None:
+        raise ConfigError(f"service={name!r} is not registered in this process; call register_service(name, service)")
+    return service
 
 
 def find_service(model: str, verifier: str | None = None, config: EngineConfig | None = None) -> SearchService:

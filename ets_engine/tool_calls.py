@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ets_engine.errors import ConfigError
 from ets_engine.messages import Message
 
-# Hermes and Qwen: <tool_call>{...}</tool_call>. Mistral: [TOOL_CALLS][{...}]. Llama: the object alone is the text.
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
+# Hermes and Qwen: <tool_call>{...}</tool_call>. Mistral: [TOOL_CALLS][{...}]. Llama: the object alone is the text, or
+# comes after <|python_tag|>.
 _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_MARK = re.compile(r"</?tool_call>|\[TOOL_CALLS\]|<\|python_tag\|>")
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
-_LISTED = "[TOOL_CALLS]"
+_LISTED = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>")
+_MARK = re.compile(rf"</?tool_call>|{_LISTED.pattern}")
+_FENCED = re.compile(r"```(?:json)?(.*)```", re.DOTALL)
 
 
 class MalformedCallError(ValueError):
@@ -58,7 +63,8 @@ class Toolbox:
         choice: "auto" leaves it to the model, "none" forbids calls, "any" demands one, a name demands that tool.
 
     Raises:
-        ConfigError: A tool has no name, or `choice` names none of them.
+        ConfigError: A tool has no name, two have the same, its parameters are no JSON schema of an object (references
+            to other documents are never fetched), or `choice` names none of them.
 
     Example:
         >>> add = {"type": "function", "function": {"name": "add", "parameters": {
@@ -76,19 +82,23 @@ class Toolbox:
 
     def __post_init__(self) -> None:
         """Refuse what could never be honoured."""
-        if self.choice not in ("auto", "none", "any") and self.choice not in self._schemas:
-            raise ConfigError(f"tool_choice={self.choice!r}: choose auto, none, any or one of {list(self._schemas)}")
+        if self.choice not in ("auto", "none", "any", *self._validators):
+            names = list(self._validators)
+            raise ConfigError(f"tool_choice={self.choice!r}: choose auto, none, any or one of {names}")
         if self.choice == "any" and not self.tools:
             raise ConfigError("tool_choice='any': there are no tools")
 
     @cached_property
-    def _schemas(self) -> dict[str, Message]:
-        found: dict[str, Message] = {}
+    def _validators(self) -> dict[str, Validator]:
+        found: dict[str, Validator] = {}
         for tool in self.tools:
             function = tool.get("function", tool)
-            if not isinstance(function.get("name"), str):
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if not isinstance(name, str):
                 raise ConfigError(f"tool={tool!r:.100} has no name; give OpenAI's layout")
-            found[function["name"]] = function.get("parameters") or {}
+            if name in found:
+                raise ConfigError(f"two tools are called {name!r}; a call of it would say nothing")
+            found[name] = _validator(name, function.get("parameters"))
         return found
 
     @property
@@ -113,42 +123,53 @@ class Toolbox:
         tagged = _TAGGED.findall(text)
         if tagged:
             said = _TAGGED.sub("", text)
-            if _MARK.search(said):
-                raise MalformedCallError("an unclosed <tool_call>")
+            if mark := _MARK.search(said):
+                raise MalformedCallError(f"a {mark[0]} that belongs to no call")
             return Turn(said.strip(), tuple(self._check(_load(part)) for part in tagged))
-        if _LISTED in text:
-            said, _, listed = text.partition(_LISTED)
-            return Turn(said.strip(), tuple(self._check(call) for call in _items(_load(listed))))
-        if _MARK.search(text):
-            raise MalformedCallError("an unclosed <tool_call>")
+        if listed := _LISTED.search(text):
+            found = _items(_load(text[listed.end() :]))
+            if not found:
+                raise MalformedCallError(f"no call after {listed[0]}")
+            return Turn(text[: listed.start()].strip(), tuple(map(self._check, found)))
+        if mark := _MARK.search(text):
+            raise MalformedCallError(f"a {mark[0]} that belongs to no call")
         fenced = _FENCED.fullmatch(text.strip())
-        bare = fenced[1] if fenced else text.strip()
+        bare = (fenced[1] if fenced else text).strip()
         if bare[:1] not in ("{", "["):
             return Turn(text)
         try:
-            found = list(_items(json.loads(bare)))
-        except (ValueError, MalformedCallError):
+            found = _items(_load(bare))
+        except MalformedCallError:
             return Turn(text)
-        if not found or not all(isinstance(call, dict) and call.get("name") in self._schemas for call in found):
+        if not found or not all(self._name(call) for call in found):
             return Turn(text)  # JSON, but no call
-        return Turn("", tuple(self._check(call) for call in found))
+        return Turn("", tuple(map(self._check, found)))
+
+    def _name(self, call: Any) -> str | None:
+        """The tool that a piece of JSON calls."""
+        name = call.get("name") if isinstance(call, dict) else None
+        return name if isinstance(name, str) and name in self._validators else None
 
     def _check(self, call: Any) -> ToolCall:
         """The call, if its tool exists and its arguments fit."""
-        import jsonschema  # a tenth of a second, and only where there are tools
+        from jsonschema.exceptions import best_match
 
-        name = call.get("name") if isinstance(call, dict) else None
-        if name not in self._schemas:
-            raise MalformedCallError(f"{call!r:.100} calls none of {list(self._schemas)}")
-        arguments = call.get("arguments", call.get("parameters")) or {}
+        name = self._name(call)
+        if name is None:
+            raise MalformedCallError(f"{call!r:.100} calls none of {list(self._validators)}")
+        arguments = call.get("arguments", call.get("parameters"))
         if isinstance(arguments, str):
-            arguments = _load(arguments)
+            arguments = _load(arguments) if arguments.strip() else None
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise MalformedCallError(f"{name}({arguments!r:.100}): the arguments are no object")
         try:
-            jsonschema.validate(arguments, {"type": "object", **self._schemas[name]})
-        except jsonschema.ValidationError as error:
-            raise MalformedCallError(f"{name}({arguments!r:.100}): {error.message}") from None
-        except jsonschema.SchemaError as error:
-            raise ConfigError(f"the parameters of tool {name!r} are no JSON schema: {error.message}") from None
+            error = best_match(self._validators[name].iter_errors(arguments))
+        except RecursionError:
+            raise MalformedCallError(f"{name}({arguments!r:.100}): nested too deep") from None
+        if error is not None:
+            raise MalformedCallError(f"{name}({arguments!r:.100}): {error.message}")
         return ToolCall(name, arguments)
 
 
@@ -189,15 +210,63 @@ class ToolView:
 
     def same(self, left: str, right: str) -> bool:
         """Whether two answers are the same vote."""
-        return left == right or (self._same is not None and self._same(left, right))
+        if left == right or self._same is None:
+            return left == right
+        return not (_are_calls(left) or _are_calls(right)) and self._same(left, right)
+
+
+def _are_calls(answer: str) -> bool:
+    """Whether an answer of `ToolView` stands for calls."""
+    return answer.startswith('[["')
 
 
 def _load(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        found = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        json.dumps(found, ensure_ascii=False).encode()  # half a character can be written as an escape
+    except (ValueError, RecursionError) as error:
         raise MalformedCallError(f"{text!r:.100} is no JSON: {error}") from None
+    return found
 
 
-def _items(found: Any) -> Iterator[Any]:
-    yield from found if isinstance(found, list) else [found]
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no JSON number")
+    return number
+
+
+def _items(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def _validator(name: str, parameters: object) -> Validator:
+    """What holds arguments against a tool's schema, without ever fetching another document."""
+    import jsonschema  # a tenth of a second, and only where there are tools
+    from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ConfigError(f"the parameters of tool {name!r} are no JSON schema of an object: {parameters!r:.100}")
+    schema = {"type": "object", **(parameters or {})}
+    kind = validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+        resource = specification_with(schema.get("$schema", ""), default=DRAFT202012).create_resource(schema)
+        _check_references(resource, REGISTRY.resolver_with_root(resource))
+    except jsonschema.SchemaError as error:
+        raise ConfigError(f"the parameters of tool {name!r} are no JSON schema: {error.message}") from None
+    except Unresolvable as error:
+        raise ConfigError(f"the parameters of tool {name!r} refer to {error.ref!r}, which is not in them") from None
+    return kind(schema, registry=Registry())  # the default one opens URLs, of files too
+
+
+def _check_references(schema: Any, resolver: Any) -> None:
+    """Follow every reference once."""
+    if isinstance(schema.contents, Mapping) and isinstance(reference := schema.contents.get("$ref"), str):
+        resolver.lookup(reference)
+    for part in schema.subresources():
+        _check_references(part, resolver.in_subresource(part))

@@ -157,6 +157,11 @@ class LeafVerdict(Value):
         reward: Its normalised reward term (ETS's O_i; the softmax share elsewhere), in [0, 1].
         node_cost: Price of the KV that only this leaf holds, already times lambda_b; 0 where unpriced.
         cluster: Semantic cluster, -1 where the selector does not cluster.
+        path_cost: Price of what its path holds beside the paths of the other kept leaves, already times lambda_b; None
+            where unpriced.
+        coverage: Worth of its cluster where no other kept leaf is in it, else 0, already times lambda_d; None where
+            coverage does not count.
+        starved: Whether the objective keeps it and the split of the width gives it no child all the same.
     """
 
     node: int
@@ -164,6 +169,17 @@ class LeafVerdict(Value):
     reward: float = 0.0
     node_cost: float = 0.0
     cluster: int = -1
+    path_cost: float | None = None
+    coverage: float | None = None
+    starved: bool = False
+
+    @property
+    def gain(self) -> float:
+        """What the objective gains by keeping this leaf beside the other kept ones.
+
+        Where nothing else limits the choice, no kept leaf loses (a single one excepted), and no pruned one gains.
+        """
+        return self.reward + (self.coverage or 0.0) - (self.path_cost or 0.0)
 
 
 class TraceNode(Value):

@@ -2,8 +2,9 @@
 
     errors, types, config, messages, scorers <- protocols <- search <- results
     kv, attention (which do not know each other) <- runtime <- models
-    results, models <- serving; serving, answers, reference <- service <- services <- evaluation, cli, ets_integrations
+    results, models <- serving; serving, answers, reference <- service <- services <- evaluation, ets_integrations
     results, answers <- hosted
+    evaluation, terminal <- commands <- cli
 
 The checker takes any folder that holds the two packages, so each rule is also tried on a planted violation.
 """
@@ -50,7 +51,9 @@ ARROWS: dict[str, set[str]] = {
     "services": BASE | {"protocols", "service"},
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
     "terminal": BASE | {"protocols", "reference"},
-    "cli": BASE | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal"},
+    "commands": BASE | {"evaluation", "terminal"},
+    "cli": BASE
+    | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal", "commands"},
 }
 PACKAGE_ROOT = ""  # `ets_engine/__init__.py` re-exports lazily; only the integrations and the CLI may import from it
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
@@ -51,16 +51,25 @@ class PrmVerifier:
         format: What the PRM reads.
         problem: What is being solved.
         search: Name of this search among those of the runner.
+        read_step: What is read of a step's text, None = all of it.
 
     Raises:
         ContextLengthError: The problem leaves no room for a step.
     """
 
-    def __init__(self, runner: Runner, format: PrmFormat, problem: str, search: Hashable) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        format: PrmFormat,
+        problem: str,
+        search: Hashable,
+        read_step: Callable[[str], str] | None = None,
+    ) -> None:
         """See the class."""
         self._runner = runner
         self._format = format
         self._search = search
+        self._read_step = read_step
         self._root_ids = format.root_ids(problem)
         if len(self._root_ids) >= runner.context_tokens:
             raise ContextLengthError(
@@ -124,7 +133,8 @@ class PrmVerifier:
         """A new KV node and the ids to read for each step that fits the context."""
         rows: dict[int, tuple[int, list[int]]] = {}
         for node, parent, text in zip(nodes, parents, texts, strict=True):
-            above, ids = self._handles[parent], self._format.step_ids(text)
+            read = text if self._read_step is None else self._read_step(text)
+            above, ids = self._handles[parent], self._format.step_ids(read)
             if self._runner.tree.path_tokens(above) + len(ids) <= self._runner.context_tokens:
                 rows[node] = self._runner.tree.fork(above), ids
                 self._paths[node] = parent, ids

@@ -26,6 +26,7 @@ class Leaf:
         prompt: Ids of a prompt that is to be remembered once it is read.
         recent: Last few tokens of the path, for decoding what follows.
         path_tokens: Tokens of the path, pending ones included (count).
+        prompt_tokens: Those of them that no model wrote (count).
     """
 
     handle: int
@@ -33,8 +34,14 @@ class Leaf:
     pending: tuple[int, ...]
     recent: tuple[int, ...]
     path_tokens: int
+    prompt_tokens: int
     hidden: torch.Tensor | None = None
     prompt: tuple[int, ...] = ()
+
+    @property
+    def num_written(self) -> int:
+        """Tokens of the path below the prompt (count)."""
+        return self.path_tokens - self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -92,6 +92,7 @@ class StepDecoder:
             pending=ids[known:],
             recent=ids[-CONTEXT_TOKENS:],
             path_tokens=total,
+            prompt_tokens=total,
             prompt=() if below else ids,
         )
 
@@ -122,6 +123,7 @@ class StepDecoder:
             pending=ids,
             recent=(*leaf.recent, *ids)[-CONTEXT_TOKENS:],
             path_tokens=leaf.path_tokens + len(ids),
+            prompt_tokens=leaf.prompt_tokens,
         )
 
     def open(self, leaves: Sequence[Leaf]) -> None:
@@ -221,7 +223,11 @@ class StepDecoder:
         tokens, logprobs = self._draw()
         reasons = [
             self._stops.reason(
-                one.branch.stops, one.branch.parent.recent, [*one.tokens, token], self._tokens_left(one.branch)
+                one.branch.stops,
+                one.branch.parent.recent,
+                [*one.tokens, token],
+                self._tokens_left(one.branch),
+                one.branch.parent.num_written,
             )
             for one, token in zip(live, tokens, strict=True)
         ]
@@ -282,9 +288,12 @@ class StepDecoder:
             pending=() if ended else tokens[-1:],
             recent=(*parent.recent, *tokens)[-CONTEXT_TOKENS:],
             path_tokens=parent.path_tokens + len(tokens),
+            prompt_tokens=parent.prompt_tokens,
             hidden=state.clone() if ended else None,
         )
-        cut = None if ended else self._stops.cut(one.branch.stops, parent.recent, tokens)
+        cut = None
+        if reason is StopReason.FINISHED and not ended:
+            cut = self._stops.cut(one.branch.stops, parent.recent, tokens, parent.num_written)
         text = self._stops.text(parent.recent, tokens) if cut is None else cut
         hidden_mean = mean.float().cpu().numpy().copy()  # not a view that keeps the states of the whole batch
         return FinishedBranch(one.branch, leaf, tokens, text, reason, hidden_mean, one.logprob + logprob)
@@ -292,7 +301,7 @@ class StepDecoder:
     def _without_room(self, branch: Branch) -> FinishedBranch:
         parent = branch.parent
         handle = self.runner.tree.root(owner=parent.search)  # a fork would keep an unread parent from being read later
-        leaf = Leaf(handle, parent.search, pending=(), recent=parent.recent, path_tokens=parent.path_tokens)
+        leaf = Leaf(handle, parent.search, (), parent.recent, parent.path_tokens, parent.prompt_tokens)
         empty = np.zeros(self.runner.hidden_size, dtype=np.float32)
         return FinishedBranch(branch, leaf, (), "", StopReason.LENGTH, empty, 0.0)
 

@@ -10,6 +10,7 @@ from ets_engine.errors import ConfigError
 from ets_engine.types import StopReason
 
 CONTEXT_TOKENS = 8  # earlier tokens decoded along, so that a step's first token keeps its leading space
+_KNOWN_RULES = 64  # sets of stop strings, of which callers may bring ever new ones, whose tokens are remembered
 _CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so an incomplete one at most 3 tokens
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
 
@@ -30,7 +31,8 @@ class StopRules:
         strings: A step whose text has content and then one of these ends there; it may straddle tokens.
         eos_ids: Tokens that finish the trajectory; they are no part of its text.
         max_step_tokens: A longer step ends at a boundary, >= 1.
-        final_strings: One of these finishes the trajectory; it may have begun in the step before.
+        final_strings: One of these finishes the trajectory. It may have begun in what was written before the step, at
+            most `CONTEXT_TOKENS` tokens above, where the beginning stays; it never begins in the prompt.
 
     Raises:
         ConfigError: an empty stop string, or no room for a token.
@@ -81,7 +83,7 @@ class StopFinder:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def reason(
-        self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], tokens_left: int
+        self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], tokens_left: int, num_written: int = 0
     ) -> StopReason | None:
         """Why a step ends with its newest token, None = it goes on.
 
@@ -90,11 +92,12 @@ class StopFinder:
             recent: Last tokens before the step.
             tokens: Tokens of the step, the newest last; not stopped before.
             tokens_left: Most tokens the step may have for trajectory and context, >= 1.
+            num_written: How many tokens before the step are no prompt (count); there may be more than in `recent`.
         """
         if tokens[-1] in rules.eos_ids:
             return StopReason.FINISHED
         may_finish = rules.final_strings and self._may_close(rules.final_strings, tokens[-1])
-        if may_finish and self.cut(rules, recent, tokens) is not None:
+        if may_finish and self.cut(rules, recent, tokens, num_written) is not None:
             return StopReason.FINISHED
         if rules.strings and self._may_close(rules.strings, tokens[-1]):
             text = self.text(recent, tokens).lstrip()  # blank lines alone are no step
@@ -104,11 +107,12 @@ class StopFinder:
             return StopReason.LENGTH
         return StopReason.BOUNDARY if len(tokens) >= rules.max_step_tokens else None
 
-    def cut(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int]) -> str | None:
-        """Text that `tokens` add before the first final string, None when they complete none."""
+    def cut(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], num_written: int = 0) -> str | None:
+        """Text that `tokens` add before the first final string, None when they complete none; as in `reason`."""
         if not rules.final_strings:
             return None
-        before, text = self._decode(recent), self.text(recent, tokens)
+        prompt = max(0, len(recent) - num_written)
+        before, text = self.text(recent[:prompt], recent[prompt:]), self.text(recent, tokens)
         ends: list[int] = []
         for stop in rules.final_strings:
             above = before[len(before) - len(stop) + 1 :] if len(before) >= len(stop) else before
@@ -119,6 +123,8 @@ class StopFinder:
 
     def _may_close(self, strings: tuple[str, ...], token: int) -> bool:
         """Whether a token may hold the last character of a stop string, or complete one of several bytes."""
+        if len(self._closing) >= _KNOWN_RULES and strings not in self._closing:
+            self._closing.clear()
         known = self._closing.setdefault(strings, {})
         found = known.get(token)
         if found is None:

@@ -48,6 +48,7 @@ def build_selector(config: SearchConfig) -> Selector:
                 cluster_cut=config.cluster_cut,
                 softmax_temperature=config.softmax_temperature,
                 node_cost=config.node_cost,
+                ceil_split=config.allocation == "ceil",
                 kv_budget_tokens=config.kv_budget_tokens,
             )
         case "ets_published":
@@ -70,13 +71,17 @@ def effective_width(config: SearchConfig) -> int:
     return 1 if config.strategy == "greedy" else config.width
 
 
-def needs_scores(config: SearchConfig) -> bool:
-    """Whether the scores of a verifier can change what a search finds.
+def needs_scores(config: SearchConfig, selector: Selector | None = None) -> bool:
+    """Whether the scores of a verifier can change what a search finds, ties of a majority vote aside.
+
+    Args:
+        config: Strategy, width and vote.
+        selector: Of the caller's own, which may look at scores; None = the one that `config` names.
 
     Example:
         >>> needs_scores(SearchConfig(strategy="best_of_n", vote="majority")), needs_scores(SearchConfig())
         (False, True)
     """
-    if effective_width(config) == 1:
-        return False
-    return config.strategy != "best_of_n" or config.vote != "majority"
+    if selector is not None:
+        return True
+    return effective_width(config) > 1 and (config.strategy != "best_of_n" or config.vote != "majority")

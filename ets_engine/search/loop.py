@@ -151,7 +151,7 @@ def _score(
 
 def _event(tree: SearchTree, kind: str, kept: tuple[int, ...]) -> SearchEvent:
     """Progress after a selection, for the leaves that go on."""
-    finished, open_leaves = tree.finished, tree.frontier
+    open_leaves = tree.frontier
     return SearchEvent.model_validate(
         {
             "kind": kind,
@@ -159,11 +159,11 @@ def _event(tree: SearchTree, kind: str, kept: tuple[int, ...]) -> SearchEvent:
             "frontier": len(open_leaves),
             "kept": len(kept),
             "pruned": len(open_leaves) - len(kept),
-            "finished": len(finished),
+            "finished": len(tree.finished),
             "best_score": max((tree[leaf].step_score for leaf in open_leaves), default=0.0),
             "kv_unique_tokens": tree.union_tokens(kept),
             "kv_path_tokens": sum(tree.tokens_to(leaf) for leaf in kept),
             "generated_tokens": tree.generated_tokens,
-            "common_text": tree.common_text([*(finished or tree.stopped_by(StopReason.LENGTH)), *kept]),
+            "common_text": tree.common_text(tree.contenders),
         }
     )

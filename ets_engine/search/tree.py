@@ -104,6 +104,19 @@ class SearchTree:
         """Tokens of every node but the prompt."""
         return self.unique_tokens - self.prompt_tokens
 
+    @property
+    def contenders(self) -> tuple[int, ...]:
+        """Ends of the paths that the result may still be, or begin with; all go on from the contenders before.
+
+        Finished trajectories and the leaves that go on; until one finishes, those that are out of tokens too. A last
+        frontier of which nothing was kept counts, and the last round where no other path is left.
+        """
+        frontier, finished = self.frontier, self.finished
+        kept = tuple(leaf for leaf in frontier if (said := self.verdict(leaf)) is None or said.share)
+        if finished:
+            return finished if self.stopped else (*finished, *kept)
+        return (*self.stopped_by(StopReason.LENGTH), *(kept or frontier)) or tuple(self._round)
+
     def stopped_by(self, *reasons: StopReason) -> tuple[int, ...]:
         """Closed nodes that ended for one of these reasons, earliest first."""
         return tuple(node for node in self._closed if self._nodes[node].step.stop in reasons)

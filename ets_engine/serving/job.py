@@ -47,6 +47,7 @@ class Job:
         on_event: Called with every depth's progress, in a thread of this job.
         cancel: Once set, the best so far is the result.
         tools: Functions that the policy may call.
+        read_step: What the PRM reads of a step's text, None = all of it.
         future: Of the result.
         began_s: When it was submitted (`time.perf_counter`).
         context: The submitter's context variables; its functions run in it.
@@ -71,6 +72,7 @@ class Job:
     on_event: OnEvent | None
     cancel: Cancel | None
     tools: Sequence[Message] = ()
+    read_step: Callable[[str], str] | None = None
     future: Future[SearchResult] = field(default_factory=Future)
     began_s: float = field(default_factory=time.perf_counter)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)

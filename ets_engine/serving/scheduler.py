@@ -229,7 +229,7 @@ class Scheduler:
             job.judge = CallableVerifier(job.verifier, job.problem)
         else:
             assert models.verifier is not None
-            job.judge = PrmVerifier(*models.verifier, job.prm_problem, job.number)
+            job.judge = PrmVerifier(*models.verifier, job.prm_problem, job.number, job.read_step)
         self._check_fit(job)
         job.searching = search(job.config, job.selector, clock=time.perf_counter)
         job.request = next(job.searching)

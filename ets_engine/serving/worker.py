@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
+import weakref
 from collections import deque
 
 from ets_engine.errors import EngineClosedError, EngineError, QueueFullError
@@ -14,7 +16,11 @@ from ets_engine.types import EngineStats
 
 IDLE_S = 0.02  # how often cancellation and deadlines are looked at while only callers' verifiers are at work
 
+STOP_S = 30.0  # how long the end of the process waits for a forward pass that is under way
+
 _LOGGER = logging.getLogger(__name__)
+
+_started: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
@@ -35,6 +41,7 @@ class Worker:
         self._num_waiting = 0  # jobs that the scheduler has not let in
         self._is_woken = False
         self._is_closing = False
+        self._is_stopping = False
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
@@ -61,7 +68,16 @@ class Worker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="ets-engine", daemon=True)
                 self._thread.start()
+                _started.add(self)
             self._changed.notify()
+
+    def stop(self) -> None:
+        """End every job with an error, and wait for the thread: the process is about to go."""
+        with self._changed:
+            self._is_closing = self._is_stopping = True
+            self._changed.notify()
+        if self._thread is not None and os.getpid() == self._pid:
+            self._thread.join(STOP_S)
 
     def close(self, *, wait: bool = True) -> None:
         """Take no more jobs, finish those there are, and give the models' memory back."""
@@ -98,6 +114,9 @@ class Worker:
         scheduler = self._scheduler
         assert scheduler is not None
         while self._gather(scheduler):
+            if self._is_stopping:
+                scheduler.abandon(EngineClosedError("the process ended while this search ran"))
+                continue
             try:
                 scheduler.tick()
             except Exception as error:
@@ -123,3 +142,10 @@ class Worker:
             while self._inbox:
                 scheduler.add(self._inbox.popleft())
         return True
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that is inside a model library when the interpreter goes would abort the process."""
+    for worker in list(_started):
+        worker.stop()

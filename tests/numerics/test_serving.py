@@ -8,6 +8,8 @@ import copy
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -534,3 +536,20 @@ def test_stats_count_what_was_done(folders: tuple[str, str]) -> None:
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.stats()
+
+
+@pytest.mark.parametrize("ending", ["[future.result() for future in futures]", "futures[0].result()", "pass"])
+def test_a_process_may_end_while_searches_run(folders: tuple[str, str], ending: str) -> None:
+    """What the engine's thread was doing in C++ used to abort the process, with a core dump as its last word."""
+    program = f"""
+from ets_engine import ETSEngine, SearchConfig
+def main():
+    engine = ETSEngine.from_pretrained(*{folders!r})
+    config = SearchConfig(width=16, max_steps=50, max_step_tokens=8, max_tokens=400)
+    futures = [engine.submit(f"what is {{i}}+1?", config) for i in range(12)]
+    {ending}
+main()
+"""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]

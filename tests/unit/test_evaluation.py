@@ -24,9 +24,11 @@ from ets_engine.evaluation import (
     load_problems,
     methods_of,
     read_results,
+    read_summary,
     summarise,
 )
 from ets_engine.evaluation.bench import RANK
+from ets_engine.evaluation.columns import blocks, comparison_lines
 from ets_engine.evaluation.gold import check_gold
 from ets_engine.evaluation.same_cost import same_cost_methods, samples_for
 from ets_engine.evaluation.statistics import bootstrap, rank_correlation
@@ -333,6 +335,94 @@ def test_which_cost_tells_latency() -> None:
     ]
     found = summarise(lines).correlations
     assert (found["mean_kv_tokens"], found["flops"], found["model_calls"]) == (1.0, -1.0, None)
+    assert (found["published_kv_tokens"], summarise(lines).timed_methods) == (None, 3)
+
+
+def test_costs_are_also_set_against_the_latency_of_single_searches() -> None:
+    """Within each method the slower search holds less, over methods the slower method holds more."""
+    lines = [
+        record(f"p{i}", f"ets@{width}", concurrency=1, wall_s=width + i / 10, mean_kv_tokens=width - i / 10)
+        for width in (1, 2, 4)
+        for i in (0, 1, 2)
+    ]
+    lines.append(record("p9", "ets@9", wall_s=9.0, mean_kv_tokens=0.0))  # not alone: its seconds are no latency
+    found = summarise(lines)
+    assert found.correlations["mean_kv_tokens"] == 1.0 and found.timed_searches == 9
+    assert found.search_correlations["mean_kv_tokens"] == pytest.approx(0.8)
+
+
+def test_kv_of_policy_and_verifier_is_told_apart() -> None:
+    both = {"mean_kv_tokens": 10.0, "peak_kv_tokens": 20, "kv_token_bytes": 1000}
+    both |= {"mean_prm_kv_tokens": 30.0, "peak_prm_kv_tokens": 60, "prm_kv_token_bytes": 500}
+    more = both | {"peak_kv_tokens": 40, "published_kv_tokens": 70, "prompt_tokens": 9, "bytes_moved": 6_000_000}
+    more |= {"concurrency": 1, "model_calls": 3}
+    (row,) = summarise([record("p1", "ets@4", **both), record("p2", "ets@4", **more)]).rows
+    assert (row.mean_kv_tokens, row.peak_kv_tokens, row.max_kv_tokens) == (10.0, 30.0, 40)
+    assert (row.mean_policy_kv_mb, row.peak_policy_kv_mb) == (0.01, 0.03)
+    assert (row.mean_prm_kv_tokens, row.peak_prm_kv_tokens) == (30.0, 60.0)
+    assert (row.mean_prm_kv_mb, row.peak_prm_kv_mb) == (0.015, 0.03)
+    assert (row.mean_kv_mb, row.peak_kv_mb) == (0.025, pytest.approx(0.06))
+    assert (row.published_kv_tokens, row.mb_per_call) == (70.0, 2.0)
+    (bare,) = summarise([record("p1", "ets@4", mean_kv_tokens=10.0, kv_token_bytes=1000)]).rows
+    assert (bare.mean_kv_mb, bare.mean_prm_kv_mb, bare.peak_policy_kv_mb) == (0.01, None, None)
+
+
+def test_the_largest_peak_is_of_every_search_that_was_measured() -> None:
+    """A hard budget is a promise about each of them, whether it ran alone or not."""
+    lines = [record("p1", "ets@4", peak_kv_tokens=50), record("p1", "ets@4", concurrency=1, peak_kv_tokens=60)]
+    assert [row.max_kv_tokens for row in summarise(lines).rows] == [60]
+
+
+def test_throughput_is_compared_where_equally_many_ran() -> None:
+    passes = [Pass(method=f"{name}@4", concurrency=4, searches=8, wall_s=s) for name, s in (("ets", 2), ("rebase", 4))]
+    lines = [record("p1", "ets@4", published_kv_tokens=5), record("p1", "rebase@4", published_kv_tokens=10)]
+    (row,) = [row for row in summarise([*lines, *passes]).rows if row.name == "ets@4"]
+    assert (row.versus[0].throughput, row.versus[0].published_kv) == (2.0, 2.0)
+    other = passes[1].model_copy(update={"concurrency": 8})
+    (row,) = [row for row in summarise([*lines, passes[0], other]).rows if row.name == "ets@4"]
+    assert row.versus[0].throughput is None
+
+
+def test_changed_settings_are_compared_with_the_same_method_without_them() -> None:
+    names = ("rebase@4", "ets@4", "ets@4 lambda_b=2", "ets@8 lambda_b=2")
+    rows = {row.name: row for row in summarise([record("p1", name) for name in names]).rows}
+    assert [one.other for one in rows["ets@4 lambda_b=2"].versus] == ["rebase@4", "ets@4"]
+    assert rows["ets@8 lambda_b=2"].versus == ()
+    told = [line.partition(":")[0] for line in comparison_lines(summarise([record("p1", name) for name in names]))]
+    assert told == ["ets@4 against rebase@4", "ets@4 lambda_b=2 against ets@4"]
+
+
+# ---------------------------------------------------------------- summaries of earlier
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "cookbook" / "results").glob("bench-*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_summaries_can_be_read_and_shown(path: Path) -> None:
+    summary = read_summary(path)
+    assert summary.version in (1, 2) and all(row.mean_kv_tokens for row in summary.rows)
+    console = Console(file=StringIO(), width=80)
+    console.print(summary_view(summary))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, printed.splitlines())) <= 80
+    for row in summary.rows:
+        assert f"{row.solved.mean:.1f}" in printed and f"{row.mean_kv_tokens:.0f}" in printed
+
+
+def test_a_summary_is_read_back_and_one_of_the_future_is_refused(tmp_path: Path) -> None:
+    summary = summarise([SETTINGS, record("p1", "ets@4", mean_prm_kv_tokens=3.0)])
+    path = tmp_path / "summary.json"
+    path.write_text(summary.model_dump_json())
+    assert read_summary(path) == summary and summary.version == 2
+    path.write_text(summary.model_copy(update={"version": 3}).model_dump_json())
+    with pytest.raises(ConfigError, match="version 3, this is 2: update"):
+        read_summary(path)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="is no summary"):
+        read_summary(path)
+    with pytest.raises(ConfigError, match="is no summary"):
+        read_summary(tmp_path / "nowhere.json")
 
 
 def test_the_table_shows_every_row_and_comparison() -> None:
@@ -344,13 +434,28 @@ def test_the_table_shows_every_row_and_comparison() -> None:
         for name in names
     ]
     lines.append(record("p2", "ets@4", error="[boom]", outcomes={}))
+    lines += [
+        record(
+            "p0",
+            "ets@256 lambda_b=0.25 cluster_cut=0.05 node_cost=nodes",
+            concurrency=1,
+            **{"mean_kv_tokens": 123456.0, "peak_kv_tokens": 234567, "kv_token_bytes": 10**5, "sharing_ratio": 12.5},
+            **{"mean_prm_kv_tokens": 123456.0, "peak_prm_kv_tokens": 234567, "prm_kv_token_bytes": 10**5},
+            **{"published_kv_tokens": 1234567, "generated_tokens": 123456, "verifier_tokens": 123456, "wall_s": 1234.5},
+            **{"model_calls": 1234, "flops": 12345e9, "model_s": 9.0, "bytes_moved": 10**12},
+        )
+    ]
     console = Console(file=StringIO(), width=80)
     console.print(summary_view(summarise(lines)))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    wanted = ("d: 2 to 3 problems, m; shares in %", "majority@4", "weighted@4", "ets@4 against greedy: +0.0 points")
-    for text in (*wanted, "10.0 GB/s", "1234", "4321", "[/x]:50", "ets@4: 1 failed, e.g. [boom]"):
+    wanted = ("d: 1 to 3 problems, m; shares in %", "majority@4", "weighted@4", "ets@4 against greedy: +0.0 points")
+    for text in (*wanted, "10.0 GB/s", "1234", "4321", "[/x]:50", "ets@4: 1 failed of 3, e.g.", "2 x parameters"):
         assert text in printed, printed
     assert max(map(len, printed.splitlines())) <= 80
+    words = set(printed.split())
+    wanted = {word for block in blocks(summarise(lines)) for column in block.columns for word in column.head.split()}
+    wanted |= {"123456", "234567", "12346", "23457", "1234567", "12.50", "1234", "12345", "810.4"}
+    assert wanted <= words, f"cut off: {wanted - words}"
 
 
 # ---------------------------------------------------------------- statistics

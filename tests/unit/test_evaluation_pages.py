@@ -12,7 +12,8 @@ import pytest
 from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
 from ets_engine.evaluation import Outcome, Record, Settings, summarise
-from ets_engine.evaluation.report import pareto, report_page
+from ets_engine.evaluation.plot import draw, panel_of, pareto
+from ets_engine.evaluation.report import report_page
 from ets_engine.evaluation.tree_page import read_trace, tree_page, write_trace
 from ets_engine.search import run, search
 from ets_engine.testing import FakePolicy, HashEmbedder, TableVerifier
@@ -118,6 +119,10 @@ def test_a_result_without_its_tree_is_refused(tmp_path: Path) -> None:
         tree_page({}, list[TraceNode]())
 
 
+def outcomes(right: bool) -> dict[str, Outcome]:
+    return {"weighted": Outcome(answer="1", strict=right, lenient=right, solved=right)}
+
+
 def measured() -> list[Settings | Record]:
     settings = Settings(
         model=NASTY,
@@ -130,8 +135,6 @@ def measured() -> list[Settings | Record]:
         machine={"machine": "cpu"},
         copy_gb_s=10.0,
     )
-    right = {"weighted": Outcome(answer="1", strict=True, lenient=True, solved=True)}
-    wrong = {"weighted": Outcome(answer="2", strict=False, lenient=False, solved=False)}
     return [
         settings,
         *(
@@ -142,7 +145,7 @@ def measured() -> list[Settings | Record]:
                 method=method,
                 seed=0,
                 concurrency=1,
-                outcomes=right if i < solved else wrong,
+                outcomes=outcomes(i < solved),
                 any_right=True,
                 mean_kv_tokens=float(kv),
                 wall_s=kv / 100,
@@ -157,10 +160,56 @@ def test_the_report_is_complete_and_self_contained() -> None:
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     page = report_page(summarise(measured()))
     outline = Outline(page)
-    assert outline.tags.count("svg") == 2 and outline.tags.count("table") == 2 and "script" not in outline.tags
+    assert outline.tags.count("svg") == 2 and outline.tags.count("table") == 5 and "script" not in outline.tags
     assert not [link for link in outline.links if not link.startswith("#")]
-    for text in ("ets@16", "ets@4 against rebase@4", "mean_kv_tokens: +1.00", "lambda_b: 1.0", "machine: cpu"):
+    for text in ("ets@16", "ets@4 against rebase@4", "<td>KV mean</td><td>+1.00</td>", "lambda_b: 1.0", "machine: cpu"):
         assert text in page, text
+
+
+def test_the_report_says_where_ets_is_behind() -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    head = "Where ETS solves fewer, by the whole interval</h2>"
+
+    def behind(lines: list[Settings | Record]) -> str:
+        return report_page(summarise(lines)).partition(head)[2].partition("<h2>")[0].strip()
+
+    assert behind(measured()) == "<p>None.</p>"
+
+    def with_solved(solved: int) -> list[Settings | Record]:
+        """The same, but ets@4 solves so many of four problems; rebase@4 solves three."""
+        return [
+            one.model_copy(update={"outcomes": outcomes(int(one.problem[1:]) < solved)})
+            if isinstance(one, Record) and one.method == "ets@4"
+            else one
+            for one in measured()
+        ]
+
+    assert behind(with_solved(2)) == "<p>None.</p>", "fewer, but the interval reaches zero"
+    assert "ets@4 against rebase@4: -75.0 points (-100.0 to -25.0)" in behind(with_solved(0))
+
+
+def test_a_figure_is_the_same_bytes_for_the_same_rows() -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    rows = summarise(measured()).rows
+    panel = panel_of(rows, lambda row: row.mean_kv_tokens, "KV")
+    assert draw([panel]) == draw([panel])
+    assert Outline(draw([panel, panel])).tags.count("svg") == 1
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        draw([panel_of(rows, lambda row: None, "KV")])
+
+
+def test_only_what_has_the_same_problems_is_joined() -> None:
+    """A line says "the same, but wider"; on other problems that would be a guess."""
+    rows = summarise(measured()).rows
+    panel = panel_of(rows, lambda row: row.mean_kv_tokens, "KV", "all")
+    ets = next(one for one in panel.series if one.family == "ets")
+    assert ([point.tag for point in ets.points], ets.joined, panel.frontier) == (["4", "16"], True, True)
+    assert panel.title == "all"
+    fewer = [row.model_copy(update={"problems": 2}) if row.name == "ets@16" else row for row in rows]
+    panel = panel_of(fewer, lambda row: row.mean_kv_tokens, "KV")
+    assert not next(one for one in panel.series if one.family == "ets").joined and not panel.frontier
+    narrow = panel_of([row for row in rows if row.name != "ets@16"], lambda row: row.mean_kv_tokens, "KV", "all")
+    assert narrow.title == "all, width 4" and {one.points[0].tag for one in narrow.series} == {""}
 
 
 def test_a_report_of_nothing_is_refused() -> None:

@@ -126,3 +126,105 @@ def test_stop_strings_are_found_at_the_token_that_completes_them(make, stop: str
             break
     else:
         pytest.fail("never found")
+
+
+# ---------------------------------------------------------------------- texts that finish a trajectory
+
+
+def finals(*strings: str, **changes) -> StopRules:
+    return StopRules(**{"final_strings": strings, "max_step_tokens": 100, **changes})
+
+
+@pytest.mark.parametrize(
+    ("stops", "before", "tokens", "expected"),
+    [
+        (("x",), [], [0, 4], "Step"),  # "Step" "x"
+        ((".",), [], [0, 3], "Step"),  # inside the token ".\n\nThen", which is cut
+        (("\nThen",), [], [0, 3], "Step.\n"),
+        (("one\nx",), [], [0, 1, 2, 4], "Step "),  # straddles three tokens
+        (("\nx",), [0, 2], [4], ""),  # begins in the step before: its beginning stays there
+        (("\nx",), [0, 2], [1, 4], None),
+        (("\n",), [0, 2], [4], None),  # ended before the step
+        (("Then", ".", "one"), [], [1, 3], " "),  # the earliest of several, whatever their order
+        ((".", "\nThen"), [], [3], ""),
+        (("one", " one"), [], [1], ""),
+        (("x",), [], [6], None),
+        (("<eos>",), [], [4, 6], None),  # special tokens are no text
+        ((), [0], [4], None),
+    ],
+)
+def test_where_final_texts_cut(
+    stops: tuple[str, ...], before: list[int], tokens: list[int], expected: str | None
+) -> None:
+    finder, rules = StopFinder(Words()), finals(*stops, strings=())
+    assert finder.cut(rules, before, tokens, len(before)) == expected
+    finishes = finder.reason(rules, before, tokens, 100, len(before)) is StopReason.FINISHED
+    assert finishes == (expected is not None)
+
+
+def test_a_final_text_never_begins_in_the_prompt() -> None:
+    """The prompt of a plain policy ends with a line end; a stop text that begins with one would end it at once."""
+    finder, rules = StopFinder(Words()), finals("\nx")
+    prompt = [0, 2]
+    assert finder.cut(rules, prompt, [4], 0) is None is finder.reason(rules, prompt, [4], 100, 0)
+    assert (
+        finder.cut(rules, [0, 0, 2], [4], 1) == "" and finder.reason(rules, [0, 2], [4], 100, 1) is StopReason.FINISHED
+    )
+    assert finder.cut(rules, prompt, [2, 4], 0) == ""
+    assert finder.cut(finals("Step\nx"), [0, 2], [4], 1) is None is finder.cut(finals("Step\nx"), [0, 2], [4], 0)
+    assert finder.cut(finals("Step\nx"), [0, 2], [4], 2) == finder.cut(finals("Step\nx"), [0, 2], [4], 50) == ""
+
+
+def test_a_final_text_goes_before_a_boundary_and_a_limit() -> None:
+    finder = StopFinder(Words())
+    assert finder.reason(finals("\n\n"), [], [0, 5], 100) is StopReason.FINISHED
+    assert finder.reason(finals("x", max_step_tokens=2), [], [0, 4], 2) is StopReason.FINISHED
+    assert finder.reason(finals("x"), [], [5], 100) is None, "of a blank line it is said nothing"
+    assert finder.reason(finals("\n\n"), [], [5], 100) is StopReason.FINISHED, "but where it is the final text"
+
+
+def test_an_empty_final_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stop strings"):
+        StopRules(final_strings=("a", ""))
+
+
+def test_what_is_known_of_tokens_does_not_grow_with_every_callers_texts() -> None:
+    finder = StopFinder(Words())
+    for number in range(1000):
+        finder.reason(finals(f"{number}x"), [], [0, 4], 100)
+    assert len(finder._closing) <= 64
+    assert finder.reason(finals("x"), [], [0, 4], 100) is StopReason.FINISHED
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@given(
+    text=st.text(alphabet="ab \n\u00e9\u4e2d", max_size=12),
+    stops=st.lists(st.text(alphabet="ab \n\u00e9\u4e2d", min_size=1, max_size=2), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_final_texts_are_cut_where_a_search_in_the_whole_text_finds_them(
+    make, text, stops, data: st.DataObject
+) -> None:
+    """Step after step, cut anywhere, also inside a character; a stop text of two characters spans 6 tokens at most."""
+    tokenizer, rules = make(), finals(*stops, strings=())
+    finder = StopFinder(tokenizer)
+    prompt = tokenizer.encode("ab")
+    ids = tokenizer.encode("ab" + text)[len(prompt) :]
+    starts = [text.find(stop) for stop in stops]
+    end = min((start + len(stop) for start, stop in zip(starts, stops, strict=True) if start >= 0), default=None)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=6)) | {0, len(ids)})
+    written = ""
+    for start, stop in pairwise(cuts):
+        recent, num_written = [*prompt, *ids[:start]][-CONTEXT_TOKENS:], start
+        for count in range(1, stop - start + 1):
+            tokens = ids[start : start + count]
+            found = finder.cut(rules, recent, tokens, num_written)
+            reason = finder.reason(rules, recent, tokens, 100, num_written)
+            so_far = written + finder.text(recent, tokens)
+            assert (found is not None) == (reason is StopReason.FINISHED) == (end is not None and len(so_far) >= end)
+            if found is not None:
+                first = min(place for place in map(so_far.find, stops) if place >= 0)
+                assert found == so_far[: max(first, len(written))][len(written) :]
+                return
+        written += finder.text(recent, ids[start:stop])
+    assert end is None and written == text

@@ -1,0 +1,224 @@
+"""Reads DSPy's prompt markup: which fields an answer must have, and texts without markers for verifiers and votes."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ets_engine.answers import same_answer
+from ets_engine.messages import Message, problem_text
+from ets_engine.protocols import StepView
+from ets_engine.scorers import BatchScorer, Scorer
+
+COMPLETED = "[[ ## completed ## ]]"
+"""Ends an answer in `dspy.ChatAdapter`'s markup."""
+
+_MARKER = re.compile(r"\[\[ ## (\w+) ## \]\][ \t]*\n?")
+_ASKS_CHAT = re.compile(r"^Respond with the corresponding output fields, starting with the field .*$", re.MULTILINE)
+_ASKS_JSON = re.compile(r"^Respond with a JSON object in the following order of fields: .*$", re.MULTILINE)
+_QUOTED = re.compile(r"`(\w+)`")
+_DIGIT = re.compile(r"\d")
+_LONGEST_VALUE = 60  # characters of what may be a number or a formula
+
+
+class FieldView:
+    r"""`StepView` of answers in `dspy.ChatAdapter`'s markup: all fields must be there, the last one is the answer.
+
+    Example:
+        >>> view = FieldView(("reasoning", "answer"))
+        >>> view.answer("1+1?", "[[ ## reasoning ## ]]\n1 and 1.\n\n[[ ## answer ## ]]\n2")
+        '2'
+        >>> view.answer("1+1?", "It is 2.") is None
+        True
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        """See the class."""
+        self._fields = tuple(fields)
+
+    def answer(self, problem: str, text: str) -> str | None:
+        """The last field's text, None where a field is missing."""
+        found = split_fields(text)
+        if any(field not in found for field in self._fields):
+            return None
+        return found[self._fields[-1]] or None
+
+    def same(self, left: str, right: str) -> bool:
+        """See `same_value`."""
+        return same_value(left, right)
+
+
+class JSONView:
+    """`StepView` of answers that are one JSON object: all fields must be there, the last one is the answer."""
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        """See the class."""
+        self._fields = tuple(fields)
+
+    def answer(self, problem: str, text: str) -> str | None:
+        """The last field as text, None where the text is no such object."""
+        begin, end = text.find("{"), text.rfind("}")
+        try:
+            found = json.loads(text[begin : end + 1]) if begin >= 0 else None
+        except ValueError:
+            return None
+        if not isinstance(found, dict) or any(field not in found for field in self._fields):
+            return None
+        return to_answer(found[self._fields[-1]])
+
+    def same(self, left: str, right: str) -> bool:
+        """See `same_value`."""
+        return same_value(left, right)
+
+
+class ParsedView:
+    """`StepView` that takes what an adapter can parse for an answer, and nothing else.
+
+    Args:
+        parse: Gives the output fields of a text, and raises where it has none; it must ask no model.
+        same: Whether two answers count as one vote, None = what `parse` made of them is equal.
+
+    Example:
+        >>> view = ParsedView(lambda text: {"answer": int(text)})
+        >>> view.answer("1+1?", " 2"), view.answer("1+1?", "two")
+        ('2', None)
+    """
+
+    def __init__(
+        self, parse: Callable[[str], Mapping[str, Any]], same: Callable[[str, str], bool] | None = None
+    ) -> None:
+        """See the class."""
+        self._parse = parse
+        self._same = same
+        self._context = contextvars.copy_context()  # an engine's thread has no settings of DSPy's
+
+    def answer(self, problem: str, text: str) -> str | None:
+        """The last output field as text, None where the text does not parse."""
+        try:
+            fields = self._context.copy().run(self._parse, text)
+        except Exception:  # whatever a field's type raises; the caller parses again and sees it
+            return None
+        return to_answer(list(fields.values())[-1]) if fields else None
+
+    def same(self, left: str, right: str) -> bool:
+        """Whether two answers count as one vote."""
+        return left == right or (self._same is not None and self._same(left, right))
+
+
+class PlainScorer:
+    """A verifier that reads problem and steps without markup.
+
+    Args:
+        scorer: The verifier; a step of which nothing but markup is there shows it the steps before.
+        problem: What it reads as the problem.
+    """
+
+    def __init__(self, scorer: Scorer, problem: str) -> None:
+        """See the class."""
+        self._scorer = scorer
+        self._problem = problem
+
+    def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> Sequence[float]:
+        """One score per path (`BatchScorer`)."""
+        plain = [plain_steps(path) or [""] for path in paths]
+        if isinstance(self._scorer, BatchScorer):
+            return self._scorer.score_many(self._problem, plain)
+        return [self._scorer(self._problem, steps) for steps in plain]
+
+
+def infer_view(messages: Sequence[Message]) -> StepView | None:
+    r"""What an answer to these messages must look like, None where they do not say.
+
+    Example:
+        >>> asked = "Respond with the corresponding output fields, starting with the field `[[ ## answer ## ]]`."
+        >>> infer_view([{"role": "user", "content": asked}]).answer("", "[[ ## answer ## ]]\n4")
+        '4'
+    """
+    asked = _last_user(messages)
+    if found := _ASKS_CHAT.search(asked):
+        fields = [name for name in _MARKER.findall(found[0]) if name != "completed"]
+        return FieldView(fields) if fields else None
+    if found := _ASKS_JSON.search(asked):
+        fields = _QUOTED.findall(found[0])
+        return JSONView(fields) if fields else None
+    return None
+
+
+def is_marked(messages: Sequence[Message]) -> bool:
+    """Whether these messages ask for an answer in `dspy.ChatAdapter`'s markup."""
+    return _ASKS_CHAT.search(_last_user(messages)) is not None
+
+
+def plain_problem(messages: Sequence[Message]) -> str:
+    r"""The question without markers and without the request for a format: the last turn's where there is markup.
+
+    Example:
+        >>> plain_problem([{"role": "user", "content": "[[ ## question ## ]]\n1+1?"}])
+        '1+1?'
+        >>> plain_problem([{"role": "user", "content": "[[ ## a ## ]]\n1\n\n[[ ## b ## ]]\n2"}])
+        'a: 1\n\nb: 2'
+    """
+    asked = _ASKS_JSON.sub("", _ASKS_CHAT.sub("", _last_user(messages)))
+    fields = split_fields(asked)
+    if not fields:
+        return problem_text(messages)
+    return next(iter(fields.values())) if len(fields) == 1 else "\n\n".join(f"{k}: {v}" for k, v in fields.items())
+
+
+def plain_steps(steps: Sequence[str]) -> list[str]:
+    r"""The steps without markers; one of which nothing is left is gone.
+
+    Example:
+        >>> plain_steps(["[[ ## reasoning ## ]]\n", "1 and 1.\n\n", "[[ ## answer ## ]]\n2"])
+        ['1 and 1.\n\n', '2']
+    """
+    plain = [plain_step(step) for step in steps]
+    return [step for step in plain if step.strip()]
+
+
+def plain_step(text: str) -> str:
+    r"""A step without markers.
+
+    Example:
+        >>> plain_step("[[ ## answer ## ]]\n2")
+        '2'
+    """
+    return _MARKER.sub("", text)
+
+
+def split_fields(text: str) -> dict[str, str]:
+    """The fields of a text in `dspy.ChatAdapter`'s markup, as they first appear."""
+    pieces = _MARKER.split(text)[1:]
+    fields: dict[str, str] = {}
+    for name, value in zip(pieces[::2], pieces[1::2], strict=True):
+        fields.setdefault(name, value.strip())
+    fields.pop("completed", None)
+    return fields
+
+
+def same_value(left: str, right: str) -> bool:
+    """Whether two answers in words or formulas are one vote; prose is compared as text, which takes no time.
+
+    Example:
+        >>> same_value("Paris", " paris"), same_value("1,000", "1000.0"), same_value("no 1 knows", "no 2 knows")
+        (True, True, False)
+    """
+    if " ".join(left.split()).casefold() == " ".join(right.split()).casefold():
+        return True
+    are_values = all(len(one) <= _LONGEST_VALUE and _DIGIT.search(one) for one in (left, right))
+    return are_values and same_answer(left, right)
+
+
+def to_answer(value: Any) -> str | None:
+    """A field's value as the text that votes compare; nothing is no answer."""
+    if value is None or isinstance(value, str):
+        return value.strip() or None if value else None
+    dumped = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+    return json.dumps(dumped, sort_keys=True, default=str)
+
+
+def _last_user(messages: Sequence[Message]) -> str:
+    return next((message.get("content") or "" for message in reversed(messages) if message["role"] == "user"), "")
