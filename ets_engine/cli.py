@@ -7,14 +7,24 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ets_engine.errors import ConfigError, ETSError
+from ets_engine.commands import measure
+from ets_engine.commands.common import (
+    COVERING,
+    EXIT_ABORTED,
+    EXIT_FAILURE,
+    PRICED,
+    fail,
+    one_line_errors,
+    option,
+    quiet_libraries,
+)
+from ets_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -22,12 +32,6 @@ if TYPE_CHECKING:
     from ets_engine.config import EngineConfig, SearchConfig
     from ets_engine.service import ETSEngine
     from ets_engine.types import SearchResult
-
-EXIT_ANSWER, EXIT_FAILURE, EXIT_USAGE, EXIT_ABORTED = 0, 1, 2, 130
-
-_MODELS, _SEARCH, _OUTPUT = "Models", "Search", "Output"
-_PRICED = ("ets", "ets_kv", "ets_published")
-_COVERING = ("ets", "ets_published")
 
 app = typer.Typer(
     name="ets",
@@ -85,44 +89,38 @@ def _ets(
     """Options of every command."""
 
 
-def _option(metavar: str, text: str, *, default: object = None) -> Any:
-    """An option; `default` says what its absence means where that is not an empty value."""
-    shown = "" if default is None else f" [default: {default}]"
-    return typer.Option(metavar=metavar, help=text + shown, show_default=False)
-
-
 @app.command(short_help="Solve a problem; show the answer and what it cost.")
 def solve(
     problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="What to solve; - reads it from standard input.")],
     model: Annotated[
-        str, _option("NAME", "Model that proposes steps: a folder or a hub name.", default="the shipped one")
+        str, option("NAME", "Model that proposes steps: a folder or a hub name.", default="the shipped one")
     ] = "reference",
     verifier: Annotated[
         str | None,
-        _option("NAME", "Model that scores steps: a folder or a hub name.", default="the shipped model's own"),
+        option("NAME", "Model that scores steps: a folder or a hub name.", default="the shipped model's own"),
     ] = None,
     device: Annotated[
-        str, _option("NAME", "Where the models run, e.g. cpu or cuda.", default="cuda where there is one")
+        str, option("NAME", "Where the models run, e.g. cpu or cuda.", default="cuda where there is one")
     ] = "auto",
     strategy: Annotated[
         str,
-        _option(
+        option(
             "NAME",
             "ets, ets_kv, ets_published, rebase, dora, beam, beam_sqrt, dvts, best_of_n or greedy.",
             default="ets",
         ),
     ] = "ets",
-    width: Annotated[int | None, _option("COUNT", "Trajectories kept alive.", default=16)] = None,
-    seed: Annotated[int, _option("NUMBER", "The same seed gives the same tree.", default=0)] = 0,
-    temperature: Annotated[float | None, _option("NUMBER", "Sampling temperature.", default=1.0)] = None,
-    max_tokens: Annotated[int | None, _option("COUNT", "Most tokens of one solution.", default=1024)] = None,
-    max_step_tokens: Annotated[int | None, _option("COUNT", "Most tokens of one step.", default=256)] = None,
+    width: Annotated[int | None, option("COUNT", "Trajectories kept alive.", default=16)] = None,
+    seed: Annotated[int, option("NUMBER", "The same seed gives the same tree.", default=0)] = 0,
+    temperature: Annotated[float | None, option("NUMBER", "Sampling temperature.", default=1.0)] = None,
+    max_tokens: Annotated[int | None, option("COUNT", "Most tokens of one solution.", default=1024)] = None,
+    max_step_tokens: Annotated[int | None, option("COUNT", "Most tokens of one step.", default=256)] = None,
     lambda_b: Annotated[
-        float | None, _option("NUMBER", "Price of keeping the whole tree in the KV cache.", default=1.0)
+        float | None, option("NUMBER", "Price of keeping the whole tree in the KV cache.", default=1.0)
     ] = None,
-    lambda_d: Annotated[float | None, _option("NUMBER", "Worth of keeping every different idea.", default=1.0)] = None,
+    lambda_d: Annotated[float | None, option("NUMBER", "Worth of keeping every different idea.", default=1.0)] = None,
     kv_budget: Annotated[
-        int | None, _option("TOKENS", "Most KV tokens of the policy held at once.", default="no limit")
+        int | None, option("TOKENS", "Most KV tokens of the policy held at once.", default="no limit")
     ] = None,
     tree: Annotated[
         bool, typer.Option("--tree", help="Draw the search tree; with --json, include it as `trace`.")
@@ -135,7 +133,7 @@ def solve(
 
     Exit codes: 0 an answer, 1 a failure or no answer, 2 bad usage, 130 aborted.
     """
-    with _Interrupts() as interrupts, _one_line_errors():
+    with _Interrupts() as interrupts, one_line_errors():
         settings = {
             "strategy": strategy,
             "width": width,
@@ -154,186 +152,12 @@ def solve(
         result = _search(text, config, interrupts, model=model, verifier=verifier, device=device)
         _show(result, as_json=json, tree=tree)
         if result.answer is None:
-            _fail(_no_answer(result), EXIT_FAILURE)
+            fail(_no_answer(result), EXIT_FAILURE)
 
 
-@app.command(short_help="Measure methods side by side on the same problems.")
-def bench(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go; a second run goes on from there.")],
-    data: Annotated[
-        str, _option("DATA", "countdown, story, or a JSONL file with problem and answer.", default="countdown")
-    ] = "countdown",
-    limit: Annotated[int | None, _option("COUNT", "Most problems.", default="200 of a family, all of a file")] = None,
-    data_seed: Annotated[int, _option("NUMBER", "Which fresh problems of a family.", default=2026)] = 2026,
-    model: Annotated[str, _option("NAME", "Model that proposes steps.", default="the shipped one")] = "reference",
-    verifier: Annotated[str | None, _option("NAME", "Model that scores steps.", default="the shipped one")] = None,
-    device: Annotated[str, _option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
-    strategies: Annotated[
-        str, _option("NAMES", "Search strategies, comma-separated, or all.", default="greedy,best_of_n,rebase,ets")
-    ] = "greedy,best_of_n,rebase,ets",
-    widths: Annotated[str, _option("COUNTS", "Trajectories kept alive, comma-separated.", default="16")] = "16",
-    seeds: Annotated[int, _option("COUNT", "How often each problem is solved.", default=1)] = 1,
-    concurrency: Annotated[int, _option("COUNT", "Searches in flight while accuracy is measured.", default=16)] = 16,
-    latency_problems: Annotated[
-        int, _option("COUNT", "Problems searched again one at a time, for latency.", default=20)
-    ] = 20,
-    mode: Annotated[
-        str, _option("NAME", "How answers are compared: math, numeric, choice or exact.", default="math")
-    ] = "math",
-    same_cost: Annotated[
-        bool, typer.Option("--same-cost", help="Measure samples and votes at the KV and at the time of ets as well.")
-    ] = False,
-    trace: Annotated[bool, typer.Option("--trace", help="Write every search tree, for `ets tree`.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Write report.html as well; needs matplotlib.")] = False,
-    setting: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other search setting, e.g. lambda_b=0.5.")
-    ] = None,
-) -> None:
-    """Measure accuracy, KV, bandwidth and latency of search methods on the same problems and seeds.
-
-    Writes results.jsonl (a line per search) and summary.json into FOLDER. Interrupted, the same command goes on where
-    it stopped: what is measured already is not measured again, and its tree is not written again.
-
-    Exit codes: 0 measured, 1 a failure, or no search worked, 2 bad usage, 130 aborted.
-    """
-    with _one_line_errors():
-        from rich.console import Console
-
-        from ets_engine.config import EngineConfig, SearchConfig
-        from ets_engine.evaluation.methods import STRATEGIES
-        from ets_engine.evaluation.session import REPORT, Plan, compare
-        from ets_engine.evaluation.table import summary_view
-        from ets_engine.terminal import BenchProgress
-
-        _quiet_libraries(is_terminal=sys.stderr.isatty())
-        base = _pairs(setting or ())
-        for name, users in (("lambda_b", _PRICED), ("lambda_d", _COVERING)):
-            if name in base and strategies != "all" and not set(_names(strategies)) & set(users):
-                raise ConfigError(f"--setting {name} has no effect with {strategies}: add one of {', '.join(users)}")
-        if report:
-            from ets_engine.evaluation.report import require_matplotlib
-
-            require_matplotlib()
-        plan = Plan(
-            out=out,
-            model=model,
-            verifier=verifier,
-            engine=EngineConfig(device=device),
-            data=data,
-            limit=limit,
-            data_seed=data_seed,
-            strategies=STRATEGIES if strategies == "all" else _names(strategies),
-            widths=[_count(width, "--widths") for width in _names(widths)],
-            seeds=seeds,
-            mode=mode,  # type: ignore[arg-type]
-            concurrency=concurrency,
-            latency_problems=latency_problems,
-            base=SearchConfig(**base),
-            same_cost=same_cost,
-            trace=trace,
-        )
-        with BenchProgress(Console(stderr=True, highlight=False)) as progress:
-            summary = compare(plan, progress.start, lambda result, record: progress.advance(record.method))
-        Console(highlight=False).print(summary_view(summary))
-        if report:
-            from ets_engine.evaluation.report import report_page
-
-            (out / REPORT).write_text(report_page(summary), encoding="utf-8")
-            typer.echo(f"{out / REPORT}")
-        if all(row.failed == row.searches for row in summary.rows):
-            _fail(f"no search worked: {summary.rows[0].first_error}", EXIT_FAILURE)
-
-
-@app.command(short_help="Check that a file's own answers are understood.")
-def grade(
-    data: Annotated[str, typer.Argument(metavar="FILE", help="JSONL with problem, answer and worked solution.")],
-    mode: Annotated[
-        str, _option("NAME", "How answers are compared: math, numeric, choice or exact.", default="math")
-    ] = "math",
-    limit: Annotated[int | None, _option("COUNT", "Most problems.", default="all")] = None,
-    least: Annotated[float, _option("SHARE", "Share of problems below which this fails.", default=0.99)] = 0.99,
-) -> None:
-    """Find the answer in every worked solution of FILE, grade it, and grade an answer of another problem as well.
-
-    Exit codes: 0 at least SHARE of each is graded as it should be, 1 less is, 2 bad usage.
-    """
-    with _one_line_errors():
-        from ets_engine.evaluation.gold import check_gold
-        from ets_engine.evaluation.problems import load_problems
-
-        if not 0 <= least <= 1:
-            raise ConfigError(f"--least {least:g}: give a share from 0 to 1")
-        found = check_gold(load_problems(data, limit=limit), mode)  # type: ignore[arg-type]
-        right = found.worked - len(found.unread) - len(found.wrong)
-        if found.worked:
-            typer.echo(f"{right} of {found.worked} worked solutions: the answer is found and right")
-        else:
-            typer.echo("no worked solutions to find answers in")
-        typer.echo(f"{found.problems - len(found.confused)} of {found.problems} other problems' answers are refused")
-        for name, ids in (("no answer found", found.unread), ("wrong", found.wrong), ("not refused", found.confused)):
-            if ids:
-                typer.echo(f"{name}: {', '.join(ids)}")
-        if right < least * found.worked or found.problems - len(found.confused) < least * found.problems:
-            _fail(f"less than {least:.0%} of {data} is graded as it should be", EXIT_FAILURE)
-
-
-@app.command(short_help="Make a page of a search tree.")
-def tree(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="From `ets bench --trace`, or what `ets solve --json --tree` printed."),
-    ],
-    out: Annotated[
-        Path | None, _option("FILE", "Where the page goes.", default="beside the tree, ending in .html")
-    ] = None,
-) -> None:
-    """Write one HTML page that shows the tree: scores, KV tokens, what was pruned and why; it needs no network.
-
-    Exit codes: 0 written, 2 bad usage.
-    """
-    with _one_line_errors():
-        from ets_engine.evaluation.tree_page import read_trace, tree_page
-
-        page = tree_page(*read_trace(file))
-        target = out or file.with_suffix(".html")
-        target.write_text(page, encoding="utf-8")
-        typer.echo(f"{target}")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _count(text: str, option: str) -> int:
-    """A whole number.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{option}: {text!r} is no whole number") from None
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, Any]:
-    """Settings by name, values read as JSON where they are JSON.
-
-    Raises:
-        ConfigError: There is no `=`, or an option of its own decides it.
-    """
-    from json import JSONDecodeError, loads
-
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name in ("strategy", "width", "seed", "trace", "n_candidates", "vote"):
-            raise ConfigError(f"--setting {text!r}: give NAME=VALUE, NAME not one of the options")
-        try:
-            found[name] = loads(value)
-        except JSONDecodeError:
-            found[name] = value
-    return found
+app.command(short_help="Measure methods side by side on the same problems.")(measure.bench)
+app.command(short_help="Check that a file's own answers are understood.")(measure.grade)
+app.command(short_help="Make a page of a search tree.")(measure.tree)
 
 
 def _search_config(given: dict[str, Any]) -> SearchConfig:
@@ -347,7 +171,7 @@ def _search_config(given: dict[str, Any]) -> SearchConfig:
 
     config = SearchConfig(**given)
     build_selector(config)
-    for name, strategies in (("lambda_b", _PRICED), ("lambda_d", _COVERING)):
+    for name, strategies in (("lambda_b", PRICED), ("lambda_d", COVERING)):
         if name in given and config.strategy not in strategies:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} has no effect with strategy {config.strategy!r}: use {', '.join(strategies)}")
@@ -399,7 +223,7 @@ def _search(
     from ets_engine.terminal import LiveProgress
 
     errors = Console(stderr=True, highlight=False)
-    _quiet_libraries(is_terminal=errors.is_terminal)
+    quiet_libraries(is_terminal=errors.is_terminal)
     with _status(errors, "Loading the models"):
         engine = load_engine(model, verifier, EngineConfig(device=device))
     with engine, LiveProgress(errors, width=effective_width(config), is_stopping=interrupts.is_set) as progress:
@@ -445,16 +269,6 @@ def _status(errors: Any, message: str) -> Iterator[None]:
         yield
 
 
-def _quiet_libraries(*, is_terminal: bool) -> None:
-    """Keep other libraries' notes off standard error, download bars excepted where somebody watches."""
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not is_terminal:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 class _Interrupts:
     """What Ctrl-C means: during a search first "stop and show the best so far"; otherwise "leave at once".
 
@@ -490,28 +304,6 @@ def _abort() -> NoReturn:
     restore = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""
     os.write(2, restore + b"ets: aborted\n")
     os._exit(EXIT_ABORTED)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """End the process with one line and the right exit code, whatever goes wrong."""
-    try:
-        yield
-    except ETSError as error:
-        _fail(str(error), EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILURE)
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except Exception as error:
-        if os.environ.get("ETS_TRACEBACK"):
-            raise
-        _fail(f"{type(error).__name__}: {error} (ETS_TRACEBACK=1 shows where)", EXIT_FAILURE)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    from ets_engine.terminal.words import one_line
-
-    typer.echo(f"ets: {one_line(message)}", err=True)
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ets_engine.evaluation.methods import Method
-from ets_engine.evaluation.summary import Row
+from ets_engine.evaluation.methods import Method, split_name
+from ets_engine.evaluation.rows import Row
 
 COSTS = {"KV": "mean_kv_tokens", "time": "p50_s"}  # what a row's note calls it -> field of `Row`
 
@@ -18,18 +18,19 @@ def same_cost_methods(rows: Sequence[Row]) -> list[Method]:
     spends more per trajectory looks better.
 
     Args:
-        rows: Measured, best-of-N at two widths or more among them.
+        rows: Measured, best-of-N at two widths or more among them; those with settings of their own are left aside.
 
     Returns:
         One method per ETS row and cost; none where a cost was not measured.
     """
-    samples = {row.method: row for row in rows if row.method.startswith("best_of_n@") and " " not in row.method}
+    plain = {row.method: (*split_name(row.method), row) for row in rows}
+    samples = [(width, row) for family, width, note, row in plain.values() if family == "best_of_n" and not note]
     found: list[Method] = []
-    for row in rows:
-        if not row.method.startswith("ets@"):
+    for family, _, note, row in plain.values():
+        if family != "ets" or note:
             continue
         for name, field in COSTS.items():
-            points = [(int(method.partition("@")[2]), getattr(one, field)) for method, one in samples.items()]
+            points = [(width or 1, getattr(one, field)) for width, one in samples]
             count = samples_for(points, getattr(row, field))
             if count is not None:
                 found.append(Method("best_of_n", count, f"(same {name} as {row.method})"))

@@ -17,11 +17,11 @@ from ets_engine.evaluation.machine import copy_gb_s, provenance
 from ets_engine.evaluation.methods import Method, methods_of
 from ets_engine.evaluation.problems import load_problems
 from ets_engine.evaluation.records import Record, Results, Settings
+from ets_engine.evaluation.rows import Summary
 from ets_engine.evaluation.same_cost import same_cost_methods
-from ets_engine.evaluation.summary import Summary, summarise
+from ets_engine.evaluation.summary import summarise
 from ets_engine.evaluation.tree_page import write_trace
 from ets_engine.reference import REFERENCE, policy_path, prm_path
-from ets_engine.search import build_selector
 from ets_engine.service import ETSEngine
 from ets_engine.types import SearchResult
 
@@ -67,7 +67,7 @@ class Plan:
         check_counts(self.mode, self.seeds, self.concurrency, self.latency_problems)
         methods = methods_of(self.strategies, self.widths)
         for method in methods:
-            build_selector(method.config(self.base, 0))
+            method.check(self.base)
         if self.model != REFERENCE and self.verifier is None:
             raise ConfigError(f"model={self.model!r} needs a model that scores its steps: name a verifier")
         widths = {method.width for method in methods if method.strategy == "best_of_n"}
@@ -102,7 +102,7 @@ def compare(
         if plan.trace and result is not None:
             name = re.sub(r"[^\w.-]+", "-", record.problem)[:80]  # ids may be anything, the place tells them apart
             name = f"{places[record.problem]}-{name}-seed{record.seed}.jsonl"
-            write_trace(result, plan.out / TRACES / record.method / name)
+            write_trace(result, plan.out / TRACES / re.sub(r"[^\w@=.() -]+", "-", record.method) / name)
         if on_result is not None:
             on_result(result, record)
 
@@ -150,7 +150,7 @@ def _settings(plan: Plan) -> Settings:
     dtype = plan.engine.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    search = plan.base.model_dump(exclude={"strategy", "width", "seed", "trace", "n_candidates", "vote"})
+    search = plan.base.model_dump(mode="json", exclude={"strategy", "width", "seed", "trace", "n_candidates", "vote"})
     path = Path(plan.data)
     return Settings(
         model=plan.model,

@@ -27,7 +27,8 @@ class Ets:
     the worth of covering every cluster of steps `lambda_d`.
 
     Ours (the default): a node is priced by its tokens (the prompt, which no selection can free, has no price); every
-    kept leaf gets a child before the rest is split by softmax; `kv_budget_tokens` is never exceeded.
+    kept leaf gets a child before the rest is split by softmax; `kv_budget_tokens` is never exceeded. `node_cost` and
+    `ceil_split` take one of the published choices each, and leave all else ours.
 
     Published: every node, the root included, costs the same; the width is split by the sequential ceiling rule, which
     may leave kept leaves without a child; `lambda_b = 0` becomes a bonus of 1e-4 per node, so that everything is kept.
@@ -42,6 +43,7 @@ class Ets:
         cluster_cut: Cosine distance at which steps stop being the same idea, in [0, 2].
         softmax_temperature: Temperature over step scores, > 0.
         node_cost: "tokens" or "nodes"; None = "nodes" when published, else "tokens".
+        ceil_split: Split the width by the sequential ceiling rule although not all is published.
         published: Follow the published rule.
         kv_budget_tokens: Kept paths plus `max_step_tokens` for every child stay within this, None = no cap.
 
@@ -61,6 +63,7 @@ class Ets:
     cluster_cut: float = 0.2
     softmax_temperature: float = 0.2
     node_cost: Literal["tokens", "nodes"] | None = None
+    ceil_split: bool = False
     published: bool = False
     kv_budget_tokens: int | None = None
 
@@ -104,16 +107,10 @@ class Ets:
         if self.kv_budget_tokens is not None and frontier.max_step_tokens > 0:
             left_tokens = self.kv_budget_tokens - _path_tokens(problem, frontier, kept)
             children = min(open_width, left_tokens // frontier.max_step_tokens)
-        split = ceil_shares if self.published else floor_one_shares
+        split = ceil_shares if self.published or self.ceil_split else floor_one_shares
         shares = split([frontier.scores[leaf] for leaf in kept], children, temperature=self.softmax_temperature)
         spread = scatter(shares, kept, num_leaves)
-        clusters = problem.clusters or (-1,) * num_leaves
-        columns = zip(frontier.leaves, spread, problem.rewards, problem.own_prices(), clusters, strict=True)
-        verdicts = tuple(
-            LeafVerdict(node=node, share=share, reward=reward, node_cost=price, cluster=cluster)
-            for node, share, reward, price, cluster in columns
-        )
-        return Selection(spread, verdicts)
+        return Selection(spread, _verdicts(problem, kept, spread))
 
     def problem(self, frontier: Frontier, open_width: int) -> KeepProblem:
         """The pruning problem of this frontier, without the KV budget; `open_width` >= 1.
@@ -179,6 +176,27 @@ def _reserve_children(problem: KeepProblem, budget_tokens: int, frontier: Fronti
         for node in frontier.leaves:
             sizes[node] += step_tokens
     return replace(problem, sizes=tuple(sizes), capacity=budget_tokens - reserved)
+
+
+def _verdicts(problem: KeepProblem, kept: tuple[int, ...], spread: tuple[int, ...]) -> tuple[LeafVerdict, ...]:
+    """Each term of the objective for each leaf, given the other kept ones. Shape [L]."""
+    chosen = set(kept)
+    own, path = problem.own_prices(), problem.path_prices(chosen)
+    coverage = problem.cluster_gains(chosen) or [None] * len(own)
+    clusters = problem.clusters or (-1,) * len(own)
+    return tuple(
+        LeafVerdict(
+            node=node,
+            share=spread[leaf],
+            reward=problem.rewards[leaf],
+            node_cost=own[leaf],
+            cluster=clusters[leaf],
+            path_cost=path[leaf],
+            coverage=coverage[leaf],
+            starved=leaf in chosen and not spread[leaf],
+        )
+        for leaf, node in enumerate(problem.leaves)
+    )
 
 
 def _path_tokens(problem: KeepProblem, frontier: Frontier, kept: tuple[int, ...] | list[int]) -> int:

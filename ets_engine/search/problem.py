@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -73,6 +74,44 @@ class KeepProblem:
                 node = self.parents[node]
             prices.append(price)
         return prices
+
+    def path_prices(self, kept: Iterable[int]) -> list[float]:
+        """Price of what each leaf's path holds beside the paths of the other kept leaves. Shape [L].
+
+        Example:
+            >>> toy = KeepProblem((-1, 0, 0, 1), (2, 3), (0.5, 0.5), (0.125, 0.25, 0.5, 1.0))
+            >>> toy.path_prices([0]), toy.path_prices([0, 1])
+            ([0.625, 1.25], [0.5, 1.25])
+        """
+        kept = set(kept)
+        kept_below = [0] * len(self.parents)
+        for leaf in kept:
+            kept_below[self.leaves[leaf]] = 1
+        for node in range(len(self.parents) - 1, 0, -1):
+            kept_below[self.parents[node]] += kept_below[node]
+        prices: list[float] = []
+        for leaf, node in enumerate(self.leaves):
+            itself, price = leaf in kept, 0.0
+            while node >= 0 and kept_below[node] == itself:
+                price += self.prices[node]
+                node = self.parents[node]
+            prices.append(price)
+        return prices
+
+    def cluster_gains(self, kept: Iterable[int]) -> list[float]:
+        """Worth of each leaf's cluster where no other kept leaf is in it, else 0; empty without coverage. Shape [L].
+
+        Example:
+            >>> toy = KeepProblem((-1, 0, 0, 0), (1, 2, 3), (0.5,) * 3, (0.0,) * 4, (0, 0, 1), cluster_worth=0.25)
+            >>> toy.cluster_gains([0])
+            [0.25, 0.0, 0.25]
+        """
+        kept = set(kept)
+        members = Counter(self.clusters[leaf] for leaf in kept) if self.clusters else Counter[int]()
+        return [
+            self.cluster_worth if cluster >= 0 and members[cluster] == (leaf in kept) else 0.0
+            for leaf, cluster in enumerate(self.clusters)
+        ]
 
     def objective(self, kept: Iterable[int]) -> float:
         """Value of keeping exactly these leaves.

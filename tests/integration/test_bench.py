@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ets_engine import cli
-from ets_engine.evaluation import Pass, Record, Summary, read_results
+from ets_engine.evaluation import Pass, Record, read_results, read_summary
 from ets_engine.evaluation.session import Plan, compare
+from ets_engine.evaluation.sweep import Sweep
+from ets_engine.evaluation.tree_page import read_trace
 
+COOKBOOK = Path(__file__).parents[2] / "cookbook"
 OPTIONS = ("--limit", "2", "--widths", "2", "--strategies", "greedy,best_of_n,ets", "--concurrency", "2")
 
 
@@ -41,12 +45,17 @@ def test_a_comparison_and_its_second_run(tmp_path: Path) -> None:
     size = (tmp_path / "results.jsonl").stat().st_size
     invoke(*options)
     assert (tmp_path / "results.jsonl").stat().st_size == size, "all was measured already"
-    summary = Summary.model_validate_json((tmp_path / "summary.json").read_text())
+    summary = read_summary(tmp_path / "summary.json")
     ets = next(row for row in summary.rows if row.name == "ets@2")
     assert ets.mean_kv_tokens and ets.flops and ets.gb_s and ets.p50_s and ets.together_per_s and not ets.failed
+    assert ets.mean_prm_kv_tokens and ets.mean_prm_kv_mb and ets.peak_policy_kv_mb and ets.published_kv_tokens
+    assert ets.model_calls and ets.mb_per_call and ets.max_kv_tokens and ets.verifier_tokens
 
     traces = sorted((tmp_path / "traces" / "ets@2").iterdir())
     assert len(traces) == 2
+    _, nodes = read_trace(traces[0])
+    decided = [node.verdict for node in nodes if node.verdict]
+    assert decided and all(one.path_cost is not None and one.coverage is not None for one in decided)
     page = Path(invoke("tree", str(traces[0])).strip())
     assert page.parent == traces[0].parent and '"best": [0, ' in page.read_text()
 
@@ -89,7 +98,10 @@ def test_a_failing_search_is_a_row_and_not_the_end(tmp_path: Path) -> None:
         (("--strategies", "mcts"), "strategy='mcts'"),
         (("--widths", "many"), "'many' is no whole number"),
         (("--data", "nowhere.jsonl"), "neither a file nor one of"),
-        (("--setting", "width=3"), "not one of the options"),
+        (("--setting", "width=3"), "give NAME=VALUE, NAME not one of"),
+        (("--strategies", "ets:width=3"), "give NAME=VALUE, NAME not one of"),
+        (("--strategies", "ets:lambda_b=-1"), "lambda_b=-1"),
+        (("--strategies", "ets,rebase:lambda_b=2"), "lambda_b=2.0 has no effect with rebase"),
         (("--setting", "lambda_b=-1"), "lambda_b=-1"),
         (("--seeds", "0"), "seeds=0"),
         (("--concurrency", "0"), "concurrency=0"),
@@ -106,6 +118,64 @@ def test_bad_settings_are_usage_errors(tmp_path: Path, options: tuple[str, ...],
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_settings_of_its_own_make_a_row_and_a_budget_is_kept(tmp_path: Path) -> None:
+    """The second run goes on where the first stopped, although its methods are others."""
+    shared = ("bench", "--out", str(tmp_path), "--limit", "2", "--widths", "8", "--latency-problems", "0", "--trace")
+    shared += ("--setting", "max_step_tokens=24")
+    invoke(*shared, "--strategies", "ets,ets:kv_budget_tokens=150")
+    printed = invoke(*shared, "--strategies", "ets,ets:allocation=ceil:node_cost=nodes")
+    rows = {row.name: row for row in read_summary(tmp_path / "summary.json").rows}
+    assert list(rows) == ["ets@8", "ets@8 kv_budget_tokens=150", "ets@8 node_cost=nodes allocation=ceil"]
+    budgeted = rows["ets@8 kv_budget_tokens=150"]
+    assert not budgeted.failed and 0 < (budgeted.max_kv_tokens or 0) <= 150 < (rows["ets@8"].max_kv_tokens or 0)
+    assert "ets@8 node_cost=nodes allocation=ceil against ets@8: " in " ".join(printed.split())
+    assert len(list((tmp_path / "traces" / budgeted.method).glob("*.jsonl"))) == 2
+
+
+def run_script(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+    runpy.run_path(str(COOKBOOK / name), run_name="__main__")
+
+
+def test_a_sweep_leaves_its_tables_its_figure_and_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    sizes = ("--limit", 1, "--width", 4, "--lambda-b", "2", "--cluster-cut", "0.4", "--budgets", "90,200")
+    run_script("bench_sweep.py", "--out", tmp_path, *sizes, "--peer-widths", "2,4", monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    kept = Sweep.model_validate_json((tmp_path / "sweep.json").read_text())
+    assert kept.settings and kept.budgets and kept.command.endswith("--peer-widths 2,4")
+    assert [row.name for row in kept.settings.rows] == [
+        *("rebase@4", "ets_published@4", "ets@4", "ets@4 lambda_b=2", "ets@4 cluster_cut=0.4")
+    ]
+    assert [row.name for row in kept.budgets.rows] == [
+        *("ets@4 kv_budget_tokens=90", "ets@4 kv_budget_tokens=200", "rebase@2", "beam@2", "rebase@4", "beam@4")
+    ]
+    assert (tmp_path / "sweep.svg").read_text().startswith("<svg")
+    for head in ("lambda_b   ", "cluster_cut   ", "kv_budget_tokens   ", "KV budget   "):
+        assert head in printed
+
+
+def test_settings_are_never_chosen_on_the_reported_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_script(
+            "bench_sweep.py", "--out", tmp_path, "--data-seed", Plan(tmp_path).data_seed, monkeypatch=monkeypatch
+        )
+    assert "what results are reported on" in capsys.readouterr().err
+
+
+def test_the_figure_of_the_readme_is_made_from_the_committed_summaries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    run_script("plot_results.py", "--out", tmp_path / "made.svg", monkeypatch=monkeypatch)
+    made = (tmp_path / "made.svg").read_text()
+    assert made.startswith("<svg") and "axes_2" in made, "one panel per family of problems"
 
 
 def test_samples_of_the_same_cost_are_measured_after_the_others(tmp_path: Path) -> None:

@@ -222,9 +222,9 @@ def test_the_prm_reads_the_problem_and_the_steps_that_it_is_told_to(
     monkeypatch.setattr(PrmFormat, "step_ids", lambda self, step: (read.append(step), step_ids(self, step))[1])
     monkeypatch.setattr(PrmFormat, "root_ids", lambda self, problem: (read.append(problem), root_ids(self, problem))[1])
     config = SearchConfig(width=4, max_steps=2, max_step_tokens=6, max_tokens=12)
-    result = engine.search(
-        "[[ 1+1? ]]", config, problem_text="1+1?", read_step=lambda text: text.replace("a", "").upper()
-    )
+    options: Any = {"problem_text": "1+1?", "read_step": lambda text: text.replace("a", "").upper()}
+    with ETSEngine.from_pretrained(save_policy(tmp_path / "policy"), save_prm(tmp_path / "prm"), PAGES) as judged:
+        result = judged.search("[[ 1+1? ]]", config, **options)
     assert read[0] == "1+1?" == result.problem
     assert len(read) > 4 and all(step == step.upper() and "A" not in step for step in read[1:])
 

@@ -1,0 +1,1 @@
+"""The commands of `ets` beside `solve`, and what all of them share."""
