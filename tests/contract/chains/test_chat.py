@@ -20,7 +20,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda
 from pydantic import BaseModel, ValidationError
 
-from ets_engine import ConfigError, EngineError, HostedEngine, NoUsableAnswerError, SearchConfig
+from ets_engine import ConfigError, EngineError, HostedEngine, NoUsableAnswerError, SearchConfig, register_service
 from ets_engine.hosted import ProposalRequest
 from ets_engine.types import Step, StopReason
 from ets_integrations.langchain import ChatETS, LangChainPolicy, RunnableVerifier, judge
@@ -62,6 +62,13 @@ def test_a_prm_by_name_beside_an_engine_is_refused() -> None:
 def test_something_else_than_a_service_is_refused() -> None:
     with pytest.raises(ConfigError, match="give an ETSEngine"):
         ChatETS(engine=object()).invoke("Hi")
+
+
+def test_an_engine_may_be_given_by_its_registered_name() -> None:
+    spy, _ = spied(name="fake/by-name")
+    register_service("fake/by-name", spy)
+    message = ChatETS(engine="fake/by-name", width=2).invoke("Hi")
+    assert len(spy.submitted) == 1 and message.response_metadata["model_name"] == "fake/by-name"
 
 
 # ---------------------------------------------------------------------- settings
