@@ -53,7 +53,7 @@ def verifier_name(verifier: str | Callable[..., Any] | object | None) -> str | N
     """What tells one verifier from another in a cache key, None where nothing reliable does.
 
     A PRM is its name, an object with a text `id` that, and a function its module, name and source, provided that it
-    closes over nothing: two closures of one source may judge differently.
+    closes over nothing and its defaults are plain values: two closures of one source may judge differently.
 
     Example:
         >>> verifier_name("path/to/prm")
@@ -67,10 +67,14 @@ def verifier_name(verifier: str | Callable[..., Any] | object | None) -> str | N
         return verifier
     if isinstance(name := getattr(verifier, "id", None), str):
         return name
-    if not inspect.isfunction(verifier) or verifier.__closure__ or verifier.__defaults__ or verifier.__kwdefaults__:
+    if not inspect.isfunction(verifier) or verifier.__closure__:
         return None
+    defaults = [*(verifier.__defaults__ or ()), *(verifier.__kwdefaults__ or {}).values()]
+    if any(not isinstance(one, str | int | float | None) for one in defaults):
+        return None  # it may change
     try:
         source = inspect.getsource(verifier)
     except (OSError, TypeError):
         return None
-    return f"py:{verifier.__module__}.{verifier.__qualname__}:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(f"{source}{defaults!r}".encode()).hexdigest()[:16]
+    return f"py:{verifier.__module__}.{verifier.__qualname__}:{digest}"

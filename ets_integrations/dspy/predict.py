@@ -15,8 +15,9 @@ from ets_integrations.dspy.lm import ETSLM, dump_search, override
 from ets_integrations.dspy.plan import Plan
 from ets_integrations.dspy.report import SearchReport
 from ets_integrations.dspy.request import SETTINGS
-from ets_integrations.dspy.reward import RewardFn, Rewards, StepRewardFn, function_name
+from ets_integrations.dspy.reward import RewardFn, Rewards, StepRewardFn
 from ets_integrations.dspy.samples import asample, sample
+from ets_integrations.settings import verifier_name
 
 RewardMode = Literal["rerank", "search"]
 
@@ -77,7 +78,7 @@ class ETSPredict(dspy.Predict):
         # Functions, so that a module among them is not taken for a part of the program to be optimised.
         self._reward_fn = None if reward_fn is None else lambda *args: reward_fn(*args)
         self._step_reward_fn = None if step_reward_fn is None else lambda *args: step_reward_fn(*args)
-        self._names = {"reward": function_name(reward_fn), "step_reward": function_name(step_reward_fn)}
+        self._names = {"reward": verifier_name(reward_fn), "step_reward": verifier_name(step_reward_fn)}
 
     @property
     def verifier_name(self) -> str | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 import dspy
@@ -49,29 +47,11 @@ def as_verifier(metric: Callable[..., Any], example: dspy.Example | Mapping[str,
         known = dspy.Example(**args).with_inputs(*args) if example is None else example
         return float(metric(known, pred, None))
 
-    name = function_name(metric)
+    name = verifier_name(metric)
     if name is not None:
         known = "" if example is None else json.dumps(dict(example), sort_keys=True, default=repr)
         reward.id = f"metric:{name}:{hashlib.sha256(known.encode()).hexdigest()[:16]}"  # type: ignore[attr-defined]
     return reward
-
-
-def function_name(function: Callable[..., Any] | None) -> str | None:
-    """`verifier_name` of a function that may have plain default values, as the `trace=None` of DSPy's metrics.
-
-    Example:
-        >>> limit = [1]
-        >>> def near(example, pred, trace=None, most=limit): ...
-        >>> function_name(near) is None  # its default may change
-        True
-    """
-    if not inspect.isfunction(function):
-        return verifier_name(function)
-    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    if function.__closure__ or any(not isinstance(one, str | int | float | None) for one in defaults):
-        return verifier_name(function)
-    name = verifier_name(FunctionType(function.__code__, function.__globals__, function.__name__))
-    return name and f"{name}:{defaults!r}"
 
 
 @dataclass
