@@ -69,6 +69,6 @@ def test_defaults_are_part_of_a_name() -> None:
     assert verifier_name(first) == verifier_name(again) != verifier_name(second)
 
 
-@pytest.mark.parametrize("verifier", [make(0.5), with_list, object(), one.__call__], ids=str)
+@pytest.mark.parametrize("verifier", [make(0.5), with_list, object(), one.__call__], ids=range(4))
 def test_what_could_be_mistaken_for_another_has_no_name(verifier: Any) -> None:
     assert verifier_name(verifier) is None
