@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle
@@ -144,8 +144,9 @@ def draw(panels: Sequence[Panel]) -> str:
     columns = 2 if len(panels) == 1 else 4
     height = 4.4 + 0.24 * -(-len(labels) // columns)
     figure = Figure(figsize=(6.4 if len(panels) == 1 else 5.2 * len(panels), height), layout="constrained")
+    colours = variant_colours(panels)
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        _draw_panel(axes, panel)
+        _draw_panel(axes, panel, colours)
     _draw_legend(figure, columns)
     out = io.StringIO()
     with rc_context({"svg.hashsalt": "ets"}):
@@ -163,10 +164,22 @@ def require_matplotlib() -> None:
         raise ConfigError("a figure needs matplotlib: pip install 'ets-integrations[bench]'")
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> None:
-    variants = cycle(_VARIANTS)
+def variant_colours(panels: Sequence[Panel]) -> dict[str, str]:
+    """A colour for every label of changed settings, the same one in all panels.
+
+    Example:
+        >>> same = Series("ets", (), "ETS, lambda_b=2")
+        >>> other = Series("ets", (), "ETS, lambda_b=4")
+        >>> list(variant_colours([Panel("", "", (same,)), Panel("", "", (other, same))]))
+        ['ETS, lambda_b=2', 'ETS, lambda_b=4']
+    """
+    labels = dict.fromkeys(one.label for panel in panels for one in panel.series if one.label)
+    return dict(zip(labels, cycle(_VARIANTS), strict=False))
+
+
+def _draw_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     for one in panel.series:
-        _draw_series(axes, one, next(variants) if one.label else look(one.family)[1])
+        _draw_series(axes, one, colours[one.label] if one.label else look(one.family)[1])
     if panel.frontier:
         found = pareto([(point.cost, point.solved.mean) for one in panel.series for point in one.points])
         axes.plot(*zip(*found, strict=True), color="0.6", linewidth=1, linestyle=":", zorder=1, label="not beaten")

@@ -111,7 +111,7 @@ def _correlations(summary: Summary) -> list[str]:
         + "</tr>"
         for name in names
     )
-    table = f"<table><thead><tr><th>cost</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    table = f"<div class='scroll'><table><thead><tr><th>cost</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     return ["<h2>Which cost tells latency (rank correlation)</h2>", table]
 
 

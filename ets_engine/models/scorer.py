@@ -23,9 +23,9 @@ class PrmScorer:
 
     Example:
         >>> scorer = PrmScorer.from_pretrained("reference")
-        >>> right, wrong = scorer.score_many(
-        ...     "Use 1, 3, 7 and 17 to make 22.", [["7-3=4 left 1 4 17"], ["7-3=5 left 1 5 17"]])
-        >>> right > wrong
+        >>> right, dead_end = scorer.score_many("Use 1, 3, 7 and 17 to make 22.", [
+        ...     ["7-3=4 left 1 4 17", "17+4=21 left 1 21"], ["7-3=4 left 1 4 17", "17-4=13 left 1 13"]])
+        >>> right > dead_end
         True
     """
 
