@@ -18,7 +18,7 @@ from ets_engine.reference import generate_problems, is_right_answer, is_solved, 
 from ets_engine.service import ETSEngine
 from ets_integrations.dspy import ETSLM, ETSReasoner, PlainAdapter
 
-COUNT = 24
+COUNT = 50
 
 
 @pytest.fixture(scope="module")
