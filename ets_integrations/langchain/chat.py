@@ -23,13 +23,14 @@ from pydantic import ConfigDict, Field, model_validator
 import ets_engine
 from ets_engine.answers import extract_answer, same_answer
 from ets_engine.config import SearchConfig
-from ets_engine.errors import ConfigError, EngineError, NoUsableAnswerError
+from ets_engine.errors import ConfigError, NoUsableAnswerError
 from ets_engine.messages import Message
 from ets_engine.protocols import OnEvent, SearchOptions, SearchService
 from ets_engine.tool_calls import MalformedCallError, Toolbox, ToolView, Turn
 from ets_engine.types import SearchEvent, SearchResult
 from ets_integrations.langchain.events import Progress, aemit, emit
 from ets_integrations.langchain.messages import (
+    check_result,
     figures_of,
     from_langchain,
     read_tool_choice,
@@ -322,8 +323,7 @@ class _Call:
             EngineError: Every branch failed.
             NoUsableAnswerError: No branch ended in a turn that the tools allow.
         """
-        if result.finish_reason == "error":
-            raise EngineError(f"all {result.num_errors} branches of the search failed; the log says why")
+        check_result(result)
         if "view" not in self.options:
             return Turn(result.text)
         try:

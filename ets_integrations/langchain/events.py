@@ -13,6 +13,7 @@ from langchain_core.callbacks.manager import ahandle_event, handle_event
 
 from ets_engine.types import SearchEvent
 
+_HOOK = "on_custom_event", "ignore_custom_event"  # what handlers implement, and how they say that they do not
 SECONDS_APART = 0.1  # of two "ets.step" events that are passed on
 
 Named = tuple[str, dict[str, Any]]
@@ -48,16 +49,7 @@ def emit(run_manager: BaseRunManager | None, name: str, data: dict[str, Any]) ->
         data: Plain JSON.
     """
     if run_manager is not None:
-        handle_event(
-            run_manager.handlers,
-            "on_custom_event",
-            "ignore_custom_event",
-            name,
-            data,
-            run_id=run_manager.run_id,
-            tags=run_manager.tags,
-            metadata=run_manager.metadata,
-        )
+        handle_event(run_manager.handlers, *_HOOK, name, data, **_address(run_manager))
     else:
         with suppress(RuntimeError):  # no run around this call
             dispatch_custom_event(name, data)
@@ -67,20 +59,15 @@ def emit(run_manager: BaseRunManager | None, name: str, data: dict[str, Any]) ->
 async def aemit(run_manager: BaseRunManager | None, name: str, data: dict[str, Any]) -> None:
     """`emit` for an event loop."""
     if run_manager is not None:
-        await ahandle_event(
-            run_manager.handlers,
-            "on_custom_event",
-            "ignore_custom_event",
-            name,
-            data,
-            run_id=run_manager.run_id,
-            tags=run_manager.tags,
-            metadata=run_manager.metadata,
-        )
+        await ahandle_event(run_manager.handlers, *_HOOK, name, data, **_address(run_manager))
     else:
         with suppress(RuntimeError):
             await adispatch_custom_event(name, data)
     _write_to_graph(name, data)
+
+
+def _address(run_manager: BaseRunManager) -> dict[str, Any]:
+    return {"run_id": run_manager.run_id, "tags": run_manager.tags, "metadata": run_manager.metadata}
 
 
 def _write_to_graph(name: str, data: dict[str, Any]) -> None:

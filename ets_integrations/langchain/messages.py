@@ -10,7 +10,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCall, tool_call
 
-from ets_engine.errors import ConfigError
+from ets_engine.errors import ConfigError, EngineError
 from ets_engine.messages import Message
 from ets_engine.tool_calls import Turn
 from ets_engine.types import SearchResult
@@ -81,6 +81,17 @@ def read_tool_choice(choice: str | Mapping[str, Any] | bool | None) -> str:
         named = choice.get("function", choice)
         return named["name"] if "name" in named else read_tool_choice(choice.get("type"))
     return choice
+
+
+def check_result(result: SearchResult) -> SearchResult:
+    """The result, unless nothing came of the search.
+
+    Raises:
+        EngineError: Every branch failed.
+    """
+    if result.finish_reason == "error":
+        raise EngineError(f"all {result.num_errors} branches of the search failed; the log says why")
+    return result
 
 
 def usage_of(result: SearchResult) -> UsageMetadata:

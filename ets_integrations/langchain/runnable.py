@@ -16,12 +16,12 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ets_engine.errors import ConfigError, EngineError
+from ets_engine.errors import ConfigError
 from ets_engine.messages import Prompt
 from ets_engine.protocols import SearchOptions
 from ets_engine.types import SearchEvent, SearchResult
 from ets_integrations.langchain.events import Progress, aemit, emit
-from ets_integrations.langchain.messages import from_langchain
+from ets_integrations.langchain.messages import check_result, from_langchain
 from ets_integrations.langchain.settings import SearchSettings
 from ets_integrations.langchain.watch import Submit, awatch, watch
 
@@ -125,7 +125,7 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         with closing(watch(self._submit(question, settings))) as items:
             for item in items:
                 if isinstance(item, SearchResult):
-                    return _check(item)
+                    return check_result(item)
                 for name, data in progress.pick(item):
                     emit(run_manager, name, data)
         raise AssertionError("a search ends with a result")
@@ -137,7 +137,7 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         async with aclosing(awatch(self._submit(question, settings))) as items:
             async for item in items:
                 if isinstance(item, SearchResult):
-                    return _check(item)
+                    return check_result(item)
                 for name, data in progress.pick(item):
                     await aemit(run_manager, name, data)
         raise AssertionError("a search ends with a result")
@@ -161,7 +161,7 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         for question in questions:
             with closing(watch(self._submit(question, settings))) as items:
                 for item in items:
-                    yield _check(item) if isinstance(item, SearchResult) else item
+                    yield check_result(item) if isinstance(item, SearchResult) else item
 
     async def _awatch(
         self, questions: AsyncIterator[Question], settings: Mapping[str, Any]
@@ -169,7 +169,7 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         async for question in questions:
             async with aclosing(awatch(self._submit(question, settings))) as items:
                 async for item in items:
-                    yield _check(item) if isinstance(item, SearchResult) else item
+                    yield check_result(item) if isinstance(item, SearchResult) else item
 
 
 class _Problem(BaseModel):
@@ -240,16 +240,10 @@ def _report(result: SearchResult) -> str:
     return f"Answer: {result.answer}\nReasoning:\n{result.text}"
 
 
-def _check(result: SearchResult) -> SearchResult:
-    if result.finish_reason == "error":
-        raise EngineError(f"all {result.num_errors} branches of the search failed; the log says why")
-    return result
-
-
 def _outcome(pending: Future[SearchResult] | Exception) -> SearchResult | Exception:
     if isinstance(pending, Exception):
         return pending
     try:
-        return _check(pending.result())
+        return check_result(pending.result())
     except Exception as error:
         return error
