@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from ets_engine import ETSEngine, SearchConfig
 from ets_engine.evaluation.machine import provenance
-from ets_engine.models.formats import PrmFormat, begin_ids
+from ets_engine.models import TrlFormat
+from ets_engine.models.formats import begin_ids
 from ets_engine.reference.problems import draw
 from ets_engine.reference.shipped import policy_path, prm_path
 from ets_engine.search import search
@@ -95,7 +96,7 @@ class GeneratePolicy:
 class RereadingVerifier:
     """A PRM without a KV tree: it reads every solution from its beginning."""
 
-    def __init__(self, model: torch.nn.Module, format: PrmFormat, problem: str) -> None:
+    def __init__(self, model: torch.nn.Module, format: TrlFormat, problem: str) -> None:
         self._model, self._format = model, format
         self._paths: dict[int, list[int]] = {0: format.root_ids(problem)}
         self.tokens = 0
@@ -112,7 +113,7 @@ class RereadingVerifier:
         mask = torch.tensor([[1] * length + [0] * (max(lengths) - length) for length in lengths])
         logits = self._model(input_ids=ids, attention_mask=mask).logits
         ends = torch.tensor(lengths) - 1
-        return logits[torch.arange(len(nodes)), ends].softmax(-1)[:, self._format.right].tolist()
+        return logits[torch.arange(len(nodes)), ends].softmax(-1)[:, 1].tolist()
 
     def retain(self, leaves: Sequence[int]) -> None:
         """Nothing is kept between calls but token ids."""
@@ -124,7 +125,7 @@ def peer() -> Callable[[str, SearchConfig], int]:
     prm = AutoModelForTokenClassification.from_pretrained(prm_path(), dtype=torch.float32).eval()
     tokenizer, prm_format = (
         AutoTokenizer.from_pretrained(policy_path()),
-        PrmFormat(AutoTokenizer.from_pretrained(prm_path())),
+        TrlFormat(AutoTokenizer.from_pretrained(prm_path())),
     )
 
     def search_once(problem: str, config: SearchConfig) -> int:

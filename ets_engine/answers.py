@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
@@ -59,7 +60,7 @@ def extract_answer(text: str) -> str | None:
         ('7', None)
     """
     if hoped := _HOPED.findall(text):
-        return _clean(hoped[-1])
+        return _last_boxed(hoped[-1]) or _clean(hoped[-1])
     if (boxed := _last_boxed(text)) is not None:
         return boxed.strip() or None
     if hashes := _HASHES.findall(text):
@@ -101,12 +102,44 @@ def same_answer(left: str, right: str) -> bool:
     return _symbolic.same(*whole)
 
 
+def after_thought(text: str, in_thought: bool = False) -> str | None:
+    r"""What a solution says after its <think> section, all of it without such a section, None while one is open.
+
+    Args:
+        text: Of the solution.
+        in_thought: Whether the prompt has opened the section already.
+
+    Example:
+        >>> after_thought("<think>\nIs it 3? No, 4.\n</think>\n\nIt is 4.")
+        '\n\nIt is 4.'
+        >>> after_thought("Is it 3?", in_thought=True), after_thought("It is 4.")
+        (None, 'It is 4.')
+    """
+    _, closing, said = text.rpartition("</think>")
+    is_open = "<think>" in said or (in_thought and not closing)
+    return None if is_open else said
+
+
+@dataclass(frozen=True, slots=True)
 class MathView:
-    """`StepView` of mathematics and anything else that states its answer in one of the usual ways."""
+    """`StepView` of mathematics and anything else that states its answer in one of the usual ways.
+
+    A solution that thinks answers after its thoughts: without an end of them it abstains.
+
+    Attributes:
+        in_thought: Whether the prompt opens a <think> section.
+        step_mark: What ends the solution's steps for a PRM's sake and is no part of an answer.
+    """
+
+    in_thought: bool = False
+    step_mark: str | None = None
 
     def answer(self, problem: str, text: str) -> str | None:
-        """See `extract_answer`."""
-        return extract_answer(text)
+        """See `extract_answer` and `after_thought`."""
+        said = after_thought(text, self.in_thought)
+        if said is None:
+            return None
+        return extract_answer(said.replace(self.step_mark, "") if self.step_mark else said)
 
     def same(self, left: str, right: str) -> bool:
         """See `same_answer`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ets_engine.commands import measure
+from ets_engine.commands import measure, models
 from ets_engine.commands.common import (
     COVERING,
     EXIT_ABORTED,
@@ -158,6 +158,8 @@ def solve(
 app.command(short_help="Measure methods side by side on the same problems.")(measure.bench)
 app.command(short_help="Check that a file's own answers are understood.")(measure.grade)
 app.command(short_help="Make a page of a search tree.")(measure.tree)
+app.command("models", short_help="List presets, PRM formats and what known models take.")(models.models)
+app.command(short_help="Load a pair of models and say what was found.")(models.check)
 
 
 def _search_config(given: dict[str, Any]) -> SearchConfig:

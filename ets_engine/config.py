@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ets_engine.errors import ConfigError
 
@@ -23,6 +23,7 @@ Strategy = Literal[
 ]
 Reduce = Literal["last", "min", "prod", "mean"]
 Vote = Literal["best", "majority", "weighted"]
+VerifierFormat = Literal["auto", "math_shepherd", "llemma", "rlhflow", "skywork", "qwen", "trl"]
 
 
 class Config(BaseModel):
@@ -48,6 +49,10 @@ class Config(BaseModel):
     def fingerprint(self) -> str:
         """Short hash of every setting, equal exactly when the settings are equal."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        """Of the fingerprint: settings may hold mappings, which have no hash of their own."""
+        return hash(self.fingerprint())
 
     def replace(self, **changes: Any) -> Config:
         """The same settings with some changed, validated again."""
@@ -124,6 +129,15 @@ class EngineConfig(Config):
             make room as soon as a search needs it. 0 = none.
         max_queued_searches: Most searches that wait for room in the KV pools; one more is refused.
         trust_remote_code: Whether a checkpoint may run code of its own.
+        preset: Prompt, step boundary and answer pattern of the policy: a name that `ets models` lists, "auto" = as the
+            checkpoint's name and chat template suggest.
+        verifier_format: What the PRM reads and where its score stands, "auto" = as the checkpoint shows.
+        step_separator: Ends every step for a PRM of the "trl" and "skywork" formats, which must be the one of its
+            training; None = the usual one of the format.
+        embedder: A sentence-transformers model that says how differently steps reason, by folder or hub name; None =
+            the policy's own hidden states.
+        load_options: More arguments of transformers' `from_pretrained` for the policy, e.g. a `quantization_config`.
+        verifier_load_options: The same for the PRM.
     """
 
     device: str = "auto"
@@ -135,3 +149,9 @@ class EngineConfig(Config):
     prefix_cache_tokens: int = Field(default=16384, ge=0)
     max_queued_searches: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False
+    preset: str = "auto"
+    verifier_format: VerifierFormat = "auto"
+    step_separator: str | None = Field(default=None, min_length=1)
+    embedder: str | None = None
+    load_options: dict[str, JsonValue] = {}
+    verifier_load_options: dict[str, JsonValue] = {}

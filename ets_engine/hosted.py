@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 from ets_engine.answers import MathView
 from ets_engine.config import SearchConfig
@@ -20,8 +20,8 @@ from ets_engine.messages import Message, Prompt, problem_text, to_messages
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, SearchService, StepView, Verifier, check_options
 from ets_engine.results import EndedEarly, build_result
 from ets_engine.scorers import CallableVerifier, EqualVerifier, Scorer
-from ets_engine.search import needs_scores, run, search
-from ets_engine.types import SearchResult, Step, StopReason, Timing
+from ets_engine.search import SearchTree, needs_scores, run, search
+from ets_engine.types import KVStats, SearchResult, Step, StopReason, Timing
 
 CHARACTERS_PER_TOKEN = 4  # a usual figure for English, where nobody counts
 
@@ -35,12 +35,20 @@ class ProposalRequest:
         partials: What each branch has written of its answer so far; the same text may stand there several times.
         config: Sampling, limits, stop texts and the seed, the temperature being that of the strategy.
         tools: Functions that the model may call.
+        parents: Node that each branch continues, those of one node side by side; 0 is the prompt. Shape [W].
+        children: Node that each branch's next step will be, ascending; no other step of this search has it. Shape [W].
+        paths: The steps that make up each partial, as they were proposed. Shape [W].
+        tokens_left: What each branch may still write under `config.max_tokens` (count). Shape [W].
     """
 
     messages: Sequence[Message]
     partials: Sequence[str]
     config: SearchConfig
     tools: Sequence[Message] = ()
+    parents: Sequence[int] = ()
+    children: Sequence[int] = ()
+    paths: Sequence[Sequence[Step]] = ()
+    tokens_left: Sequence[int] = ()
 
 
 StepProposer = Callable[[ProposalRequest], Sequence[Step]]
@@ -88,8 +96,9 @@ class HostedEngine:
     """A `SearchService` over any model behind a function, a server's or a framework's; no model library is needed.
 
     Searches run side by side in threads of their own, each asking the model for all steps of a depth at once. What the
-    model's owner does with the branches' common prefixes is not seen here: results have no KV figures. A deadline and
-    `cancel` are looked at before and after each question to model or verifier, never during one.
+    model's owner does with the branches' common prefixes is not seen here: results have no KV figures, unless a
+    subclass counts some from the tree. A deadline and `cancel` are looked at before and after each question to model or
+    verifier, never during one.
 
     Args:
         proposer: Asks the model.
@@ -165,6 +174,14 @@ class HostedEngine:
         """Tokens of a text, as the engine was told to count them."""
         return self._count_tokens(text)
 
+    def count_prompt(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
+        """Tokens of a conversation as the model reads it; here, those of its texts, at least 1."""
+        return max(1, sum(self.count_tokens(message.get("content") or "") for message in messages))
+
+    def count_kv(self, tree: SearchTree) -> KVStats | None:
+        """KV figures of a finished search; None, as nothing here knows of the model's cache."""
+        return None
+
     def close(self) -> None:
         """Take no more searches, and wait for those submitted so far.
 
@@ -176,7 +193,7 @@ class HostedEngine:
         self._is_closed = True
         self._pool.shutdown(wait=True)
 
-    def __enter__(self) -> HostedEngine:
+    def __enter__(self) -> Self:
         """Nothing to do."""
         return self
 
@@ -231,7 +248,7 @@ class HostedEngine:
     def _search(self, job: _HostedSearch) -> SearchResult:
         options = job.options
         view, selector = options.get("view") or self._view, options.get("selector")
-        policy = _HostedPolicy(self._proposer, job, self.count_tokens)
+        policy = _HostedPolicy(self._proposer, job, self.count_prompt)
         verifier: Verifier = EqualVerifier()
         if job.scorer is not None:
             read_step = options.get("read_step") if options.get("verifier") is None else None
@@ -258,6 +275,7 @@ class HostedEngine:
                 decode_steps=0,
             ),
             generated_tokens=tree.generated_tokens,
+            kv=self.count_kv(tree),
             ended_early=job.ended_early,
             strategy=None if selector is None else type(selector).__name__,
         )
@@ -302,26 +320,30 @@ class _HostedSearch:
 
 
 class _HostedPolicy:
-    """A `Policy` that asks a proposer and keeps the text of each path."""
+    """A `Policy` that asks a proposer and keeps the steps of each path."""
 
-    def __init__(self, proposer: StepProposer, job: _HostedSearch, count_tokens: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        proposer: StepProposer,
+        job: _HostedSearch,
+        count_prompt: Callable[[Sequence[Message], Sequence[Message]], int],
+    ) -> None:
         self._proposer = proposer
         self._job = job
         self._config = job.config
         if job.config.strategy == "greedy":
             self._config = job.config.model_copy(update={"temperature": 0.0})
-        self._count_tokens = count_tokens
-        self._texts = {0: ""}
+        self._count_prompt = count_prompt
+        self._paths: dict[int, tuple[Step, ...]] = {0: ()}
         self.error: str | None = None  # of the first step that failed
         self.raised: Exception | None = None  # what the proposer raised first
 
     def start(self) -> int:
-        return max(1, sum(self._count_tokens(message.get("content") or "") for message in self._job.messages))
+        return self._count_prompt(self._job.messages, self._job.tools)
 
     def expand(self, parents: Sequence[int], children: Sequence[int]) -> list[Step]:
         began_s = time.perf_counter()
-        partials = [self._texts[parent] for parent in parents]
-        request = ProposalRequest(self._job.messages, partials, self._config, self._job.tools)
+        request = self._ask(parents, children)
         try:
             found: object = self._proposer(request)
             steps = list(found) if isinstance(found, Iterable) else found
@@ -332,14 +354,28 @@ class _HostedPolicy:
         if not isinstance(steps, list) or not all(isinstance(step, Step) for step in steps):
             return steps  # type: ignore[return-value] # the loop refuses it, as it does a wrong number
         for place, (parent, child) in enumerate(zip(parents[: len(steps)], children, strict=False)):
-            step = steps[place] = cut_step(steps[place], self._texts[parent], self._config.stop)
-            self._texts[child] = self._texts[parent] + step.text
+            step = steps[place] = cut_step(steps[place], request.partials[place], self._config.stop)
+            self._paths[child] = (*self._paths[parent], step)
             if step.stop is StopReason.ERROR:
                 self.error = self.error or step.error or "a step that says nothing of its error"
         return steps
 
+    def _ask(self, parents: Sequence[int], children: Sequence[int]) -> ProposalRequest:
+        texts = {parent: "".join(step.text for step in self._paths[parent]) for parent in parents}
+        spent = {parent: sum(step.num_tokens for step in self._paths[parent]) for parent in parents}
+        return ProposalRequest(
+            self._job.messages,
+            [texts[parent] for parent in parents],
+            self._config,
+            self._job.tools,
+            parents=tuple(parents),
+            children=tuple(children),
+            paths=[self._paths[parent] for parent in parents],
+            tokens_left=[max(0, self._config.max_tokens - spent[parent]) for parent in parents],
+        )
+
     def retain(self, leaves: Sequence[int]) -> None:
-        self._texts = {leaf: self._texts[leaf] for leaf in leaves}
+        self._paths = {leaf: self._paths[leaf] for leaf in leaves}
 
 
 class _Timed:

@@ -83,6 +83,29 @@ def tree_kv(tree: SearchTree, *, peak_tokens: int, mean_tokens: float, bytes_per
     )
 
 
+def counted_kv(tree: SearchTree) -> KVStats:
+    """KV figures of a policy that runs elsewhere, counted from the tree alone.
+
+    They say what a cache would hold that keeps exactly the paths the search still needs: after each round, the distinct
+    tokens on the paths to that round's nodes. The server's own cache decides what is really resident, how long pruned
+    branches stay, and what a token takes: `bytes_per_token` is 0.
+
+    Example:
+        >>> from ets_engine.types import Step
+        >>> tree = SearchTree(prompt_tokens=10)
+        >>> tree.grow([1, 2], [0, 0], [Step("a", 5), Step("b", 3)], [0.5, 0.9])
+        >>> tree.grow([3, 4], [2, 2], [Step("c", 4), Step("d", 4)], [0.5, 0.9])
+        >>> found = counted_kv(tree)
+        >>> found.peak_tokens, found.mean_tokens, found.unique_tokens, found.path_tokens
+        (21, 19.5, 26, 49)
+    """
+    rounds: dict[int, list[int]] = {}
+    for node in tree.nodes:
+        rounds.setdefault(node.depth, []).append(node.id)
+    resident = [tree.union_tokens(nodes) for depth, nodes in rounds.items() if depth] or [tree.prompt_tokens]
+    return tree_kv(tree, peak_tokens=max(resident), mean_tokens=sum(resident) / len(resident), bytes_per_token=0)
+
+
 def _best_steps(tree: SearchTree, paths: tuple[Trajectory, ...]) -> tuple[ScoredStep, ...]:
     """Steps to show where there is no answer: the best trajectory's, else the best other path's.
 

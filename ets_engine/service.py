@@ -12,24 +12,26 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
 from typing import Unpack
 
-from ets_engine.answers import MathView, ReferenceView
 from ets_engine.config import EngineConfig, SearchConfig
-from ets_engine.errors import ConfigError, EngineError, ModelLoadError
+from ets_engine.errors import ConfigError, EngineError
 from ets_engine.messages import Prompt, last_user_text, problem_text, to_messages
-from ets_engine.models import PolicyFormat, PrmFormat
+from ets_engine.models import PolicyFormat, PrmFormat, SentenceEmbedder, find_intrinsic, load_prm
 from ets_engine.models.formats import encode
-from ets_engine.protocols import Cancel, SearchOptions, StepView, check_options
-from ets_engine.reference import REFERENCE, check_domain, policy_path, prm_path
-from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, load_token_classifier
-from ets_engine.scorers import EqualVerifier, Scorer
+from ets_engine.models.presets import find_preset
+from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, check_options
+from ets_engine.reference import REFERENCE, check_domain, policy_path
+from ets_engine.runtime import Runner, StepDecoder, load_causal_lm
+from ets_engine.scorers import EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import SearchTree, needs_scores
 from ets_engine.serving import Job, Models, Worker, in_callback
 from ets_engine.serving.result import finish_job
-from ets_engine.types import EngineStats, SearchResult
+from ets_engine.types import EngineDescription, EngineStats, ModelDescription, SearchResult
 
 Key = tuple[str, str | None, EngineConfig]
 """What an engine was loaded from: policy, verifier, settings."""
 
+# Settings of an engine that decide answers, so that its name says them.
+_DECIDING = "dtype preset verifier_format step_separator embedder load_options verifier_load_options".split()
 _IN_FLIGHT = 256  # searches of one `search_many` that are submitted at a time
 
 _registry: weakref.WeakValueDictionary[Key, ETSEngine] = weakref.WeakValueDictionary()
@@ -46,8 +48,10 @@ class ETSEngine:
     Args:
         policy: Runner of the policy; the engine alone uses it from now on.
         policy_format: Its prompt and step boundaries.
-        verifier: Runner of the PRM and what it reads, None = every search brings a verifier of its own.
-        view: How solution texts map to answers.
+        verifier: Runner of the PRM and what it reads, or a scorer of what the policy computes anyway; None = every
+            search brings a verifier of its own.
+        embedder: How differently steps reason, called in the engine's thread; None = the policy's hidden states say it.
+        view: How solution texts map to answers, None = as the policy's preset says.
         read_problem: Gives a problem as the models know it, and raises for one that they do not know.
         key: What `get_engine` makes it from again, None = it cannot be pickled.
         max_queued_searches: As in `EngineConfig`.
@@ -66,8 +70,9 @@ class ETSEngine:
         self,
         policy: Runner,
         policy_format: PolicyFormat,
-        verifier: tuple[Runner, PrmFormat] | None = None,
+        verifier: tuple[Runner, PrmFormat] | EvidenceScorer | None = None,
         *,
+        embedder: Embedder | None = None,
         view: StepView | None = None,
         read_problem: Callable[[str], str] | None = None,
         key: Key | None = None,
@@ -75,20 +80,32 @@ class ETSEngine:
     ) -> None:
         """See the class."""
         self._format = policy_format
-        self._view: StepView = view or MathView()
+        self._view = view
         self._read_problem = read_problem
         self._key = key
-        self._name = f"engine-{uuid.uuid4().hex}" if key is None else key[0] if key[1] is None else f"{key[0]}+{key[1]}"
+        self._name = f"engine-{uuid.uuid4().hex}"
+        if key is not None:
+            self._name = _name(*key)
+        self._own = verifier if isinstance(verifier, EvidenceScorer) else None
+        prm = None if isinstance(verifier, EvidenceScorer) else verifier
         self._has_verifier = verifier is not None
         policy_bytes = policy.bytes_per_token
-        verifier_bytes = verifier[0].bytes_per_token if verifier else 0
+        verifier_bytes = prm[0].bytes_per_token if prm else 0
 
         def finish(job: Job, tree: SearchTree) -> SearchResult:
             return finish_job(job, tree, policy_bytes, verifier_bytes)
 
-        models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, verifier)
+        models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, prm, embedder)
         self._worker = Worker(models, finish, max_queued_searches)
-        self.num_parameters = policy.num_parameters, verifier[0].num_parameters if verifier else 0
+        self.num_parameters = policy.num_parameters, prm[0].num_parameters if prm else 0
+        names = (None, None) if key is None else (key[0], key[1] or (prm and REFERENCE))
+        own = "embedder" if embedder else "the policy's own hidden states"
+        self._description = EngineDescription(
+            policy=_describe(policy, names[0], policy_format.preset.name, policy_format.describe()),
+            verifier=prm and _describe(prm[0], names[1], prm[1].name, {"score": prm[1].details}),
+            verifier_name=names[1] or (prm and prm[1].name) or getattr(self._own, "id", None),
+            embedder=own if key is None or key[2].embedder is None else key[2].embedder,
+        )
         weakref.finalize(self, self._worker.close, wait=False).atexit = False
 
     @classmethod
@@ -99,8 +116,10 @@ class ETSEngine:
 
         Args:
             model: "reference" for the shipped one, or a transformers causal LM by folder or hub name.
-            verifier: "reference", or a token-classification PRM in TRL's layout by folder or hub name. None takes the
-                shipped one for the shipped policy; another policy then needs `search(..., verifier=function)`.
+            verifier: "reference", or a PRM of a published format (see `load_prm`) by folder or hub name. Three need no
+                second model: "logprob" and "self_certainty", how sure the policy is of what it writes, and
+                "probe:FILE", a head on its hidden states. None takes the shipped one for the shipped policy; another
+                policy then needs `search(..., verifier=function)`.
             config: Where and how they run.
 
         Raises:
@@ -117,21 +136,20 @@ class ETSEngine:
                 f"verifier={verifier!r} only knows the problems of model='reference', not {model!r}'s; pass a PRM, or "
                 "a function to search(..., verifier=function)"
             )
+        intrinsic = None if verifier is None else find_intrinsic(verifier)
+        embedder = None if config.embedder is None else SentenceEmbedder.from_pretrained(config.embedder, config)
         loaded, tokenizer = load_causal_lm(policy_path() if own else model, config)
         ended = _eos_ids(loaded.generation_config.eos_token_id, tokenizer.eos_token_id)
         policy = Runner(loaded, config, verify=not own)
-        shape = PolicyFormat(tokenizer, "line", ("\n",), ended, max_step_tokens=48) if own else None
+        shape = PolicyFormat.of(tokenizer, ended, find_preset(config.preset, model, tokenizer))
         judge: tuple[Runner, PrmFormat] | None = None
-        if verifier is not None:
-            prm, prm_tokenizer = load_token_classifier(prm_path() if verifier == REFERENCE else verifier, config)
-            if prm.config.num_labels != 2:
-                raise ModelLoadError(f"verifier={verifier!r} has {prm.config.num_labels} labels, a PRM has 2")
-            judge = Runner(prm, config, verify=verifier != REFERENCE), PrmFormat(prm_tokenizer)
+        if verifier is not None and intrinsic is None:
+            judge = load_prm(verifier, config)
         return cls(
             policy,
-            shape or PolicyFormat.of(tokenizer, ended),
-            judge,
-            view=ReferenceView() if own else MathView(),
+            shape,
+            intrinsic or judge,
+            embedder=embedder,
             read_problem=check_domain if own else None,
             key=key,
             max_queued_searches=config.max_queued_searches,
@@ -167,10 +185,11 @@ class ETSEngine:
     def _make_job(self, prompt: Prompt, config: SearchConfig, options: SearchOptions) -> Job:
         check_options(options)
         messages = to_messages(prompt)
-        asked = last_user_text(messages) if self._format.prompt == "line" else problem_text(messages)
+        asked = problem_text(messages) if self._format.is_chat else last_user_text(messages)
         problem = options.get("problem_text") or asked
         known = None if self._read_problem is None else self._read_problem(asked)
-        verifier: Scorer | EqualVerifier | None = options.get("verifier")
+        given: Scorer | EvidenceScorer | None = options.get("verifier")
+        verifier: Scorer | EvidenceScorer | EqualVerifier | None = self._own if given is None else given
         if verifier is None and not self._has_verifier:
             if needs_scores(config, options.get("selector")):
                 raise ConfigError(
@@ -187,10 +206,10 @@ class ETSEngine:
             config=config,
             selector=options.get("selector"),
             verifier=verifier,
-            view=options.get("view") or self._view,
+            view=options.get("view") or self._view or self._format.view(messages),
             on_event=options.get("on_event"),
             cancel=options.get("cancel"),
-            read_step=options.get("read_step"),
+            read_step=self._format.reader(options.get("read_step")),
             tools=copy.deepcopy(tuple(options.get("tools") or ())),
         )
 
@@ -270,6 +289,16 @@ class ETSEngine:
         """Tokens of a text as the policy reads it."""
         return len(encode(self._format.tokenizer, text))
 
+    def describe(self) -> EngineDescription:
+        """What was found in the checkpoints, and what they take.
+
+        Example:
+            >>> found = get_engine("reference").describe()
+            >>> found.policy.format, found.verifier.format, found.policy.kv_bytes_per_token
+            ('reference', 'trl', 4608)
+        """
+        return self._description
+
     def stats(self) -> EngineStats:
         """What this engine has done so far, over all searches.
 
@@ -339,6 +368,31 @@ def get_engine(model: str = REFERENCE, verifier: str | None = None, config: Engi
         if engine is None or engine._worker.is_closed:
             engine = _registry[key] = ETSEngine.from_pretrained(*key)
         return engine
+
+
+def _name(model: str, verifier: str | None, config: EngineConfig) -> str:
+    """Of an engine: its models, and whatever else decides its answers."""
+    usual = EngineConfig()
+    changed = [f"{one}={getattr(config, one)!r}" for one in _DECIDING if getattr(config, one) != getattr(usual, one)]
+    return "+".join([model, *([] if verifier is None else [verifier]), *changed])
+
+
+def _describe(runner: Runner, name: str | None, format: str, details: dict[str, str]) -> ModelDescription:
+    pages, model = runner.tree.pool.max_pages, runner.model
+    return ModelDescription(
+        name=name or "given",
+        architecture=type(model).__name__,
+        format=format,
+        details=details,
+        attention=f"tree attention over {len(runner.tree.pool.shapes)} layers",
+        dtype=str(runner.dtype).removeprefix("torch."),
+        device=str(runner.device),
+        parameters=runner.num_parameters,
+        weight_bytes=sum(one.numel() * one.element_size() for one in model.parameters()),
+        context_tokens=runner.context_tokens,
+        kv_bytes_per_token=runner.bytes_per_token,
+        kv_pool_tokens=None if pages is None else pages * runner.tree.pool.page_tokens,
+    )
 
 
 class _Stop:

@@ -271,6 +271,61 @@ class EngineStats(Value):
     preemptions: int
 
 
+class ModelDescription(Value):
+    """What was found in a checkpoint, and what it takes.
+
+    Attributes:
+        name: As it was asked for.
+        architecture: Of the transformers class.
+        format: Preset of a policy; format of a PRM.
+        details: What the format means here: prompt, step boundaries, the place of a score.
+        attention: How attention runs, and over what.
+        dtype: Of weights and KV.
+        device: Where it runs.
+        parameters: Count.
+        weight_bytes: Of all parameters.
+        context_tokens: Longest path.
+        kv_bytes_per_token: Over all layers.
+        kv_pool_tokens: Most KV tokens at once, None = nobody knows what memory is free.
+    """
+
+    name: str
+    architecture: str
+    format: str
+    details: dict[str, str]
+    attention: str
+    dtype: str
+    device: str
+    parameters: int
+    weight_bytes: int
+    context_tokens: int
+    kv_bytes_per_token: int
+    kv_pool_tokens: int | None
+
+    def width_that_fits(self, path_tokens: int) -> int | None:
+        """Paths of so many tokens, prompt included, that the KV pool holds even where nothing is shared (count).
+
+        None = there is no limit that anybody knows.
+        """
+        return None if self.kv_pool_tokens is None else self.kv_pool_tokens // path_tokens
+
+
+class EngineDescription(Value):
+    """An engine's models.
+
+    Attributes:
+        policy: It proposes steps.
+        verifier: The PRM that scores them, None = the search brings one, or the policy's own figures are used.
+        verifier_name: What scores steps, None = nothing but what a search brings.
+        embedder: What says how differently steps reason.
+    """
+
+    policy: ModelDescription
+    verifier: ModelDescription | None
+    verifier_name: str | None
+    embedder: str
+
+
 class SearchEvent(Value):
     """Progress of a running search, one per depth (kind "step") and one at each end.
 

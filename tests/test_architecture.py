@@ -1,9 +1,9 @@
 """Who may import whom, read from the sources without running them.
 
-    errors, types, config, messages, scorers <- protocols <- search <- results
+    errors, types, config, messages, catalog; errors <- scorers <- protocols <- search <- results
     kv, attention (which do not know each other) <- runtime <- models
     results, models <- serving; serving, answers, reference <- service <- services <- evaluation, ets_integrations
-    results, answers <- hosted
+    results, answers <- hosted <- remote <- services
     evaluation, terminal <- commands <- cli
 
 The checker takes any folder that holds the two packages, so each rule is also tried on a planted violation.
@@ -30,7 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "types": set(),
     "config": {"errors"},
     "messages": {"errors"},
-    "scorers": set(),
+    "scorers": {"errors"},
+    "catalog": set(),
     "lexical": set(),
     "protocols": BASE | {"messages", "scorers"},
     "testing": BASE | {"protocols", "lexical"},
@@ -43,15 +44,16 @@ ARROWS: dict[str, set[str]] = {
     "symbolic": set(),
     "answers": BASE | {"protocols", "reference", "symbolic"},
     "tool_calls": {"errors", "messages"},
-    "models": BASE | {"messages", "protocols", "kv", "attention", "runtime", "reference", "answers"},
+    "models": BASE | {"messages", "protocols", "scorers", "kv", "attention", "runtime", "reference", "answers"},
     "serving": BASE | {"messages", "protocols", "scorers", "search", "results", "runtime", "models"},
     "service": BASE
     | {"messages", "protocols", "scorers", "search", "runtime", "reference", "answers", "models", "serving"},
-    "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "search", "results", "answers", "services"},
-    "services": BASE | {"protocols", "service"},
+    "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "search", "results", "answers"},
+    "remote": BASE | {"messages", "protocols", "scorers", "search", "results", "models", "hosted"},
+    "services": BASE | {"protocols", "service", "remote"},
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
     "terminal": BASE | {"protocols", "reference"},
-    "commands": BASE | {"evaluation", "terminal"},
+    "commands": BASE | {"catalog", "reference", "models", "service", "services", "evaluation", "terminal"},
     "cli": BASE
     | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal", "commands"},
 }

@@ -18,8 +18,10 @@ def visible_slots(layout: AttentionLayout) -> list[list[int]]:
     for segment in layout.segments:
         slots = segment.slots
         values = list(range(slots.start, slots.stop)) if isinstance(slots, slice) else slots.tolist()
-        for query in range(len(seen)) if segment.queries is None else segment.queries.tolist():
-            seen[query] += values
+        queries = range(len(seen)) if segment.queries is None else segment.queries.tolist()
+        hidden = [0] * len(queries) if segment.hidden is None else segment.hidden.tolist()
+        for query, count in zip(queries, hidden, strict=True):
+            seen[query] += values[count:]
     for query, place in enumerate(flat):
         row, step = divmod(place, num_queries)
         tail = layout.tail_slots[row].tolist()
@@ -32,13 +34,24 @@ def visible_slots(layout: AttentionLayout) -> list[list[int]]:
 
 
 def tree_attention_reference(
-    query: torch.Tensor, cache: torch.Tensor, layout: AttentionLayout, *, scale: float
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    layout: AttentionLayout,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `tree_attention`."""
     group = query.shape[1] // cache.shape[2]
     outputs = []
     for one, slots in zip(query.double(), visible_slots(layout), strict=True):
         keys, values = cache[slots].double().repeat_interleave(group, dim=2).unbind(1)  # each [N, H, D]
-        weights = torch.einsum("hd,nhd->hn", one, keys).mul(scale).softmax(-1)
+        scores = torch.einsum("hd,nhd->hn", one, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None]], -1)
+        weights = scores.softmax(-1)[:, : len(slots)]
         outputs.append(torch.einsum("hn,nhd->hd", weights, values))
     return torch.stack(outputs).to(query.dtype)

@@ -4,12 +4,14 @@ Every token of a row's path is read in one of two ways. A *segment* is a run of 
 all of its rows' queries are stacked and its K/V is read once (Hydragen, arXiv 2402.05099). What is left, the row's own
 tokens and ancestors that too few rows share, is the row's *tail*: gathered per row, padded, causal over the new tokens.
 While the same rows decode token after token, only the tails grow, and only that is rebuilt.
+
+Layers that see through a sliding window get the same layout with the unseen left out, once per window and pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ets_engine.kv.prefix_tree import PrefixTree
+from ets_engine.kv.window import PADDING, IntArray, Run, Tails, cut_run, cut_tails
 
 # A segment costs a handful of small tensor operations per layer, about what gathering and attending this many numbers
 # of K/V in tails costs; it must save at least as many. That is 256 tokens of 4 KV heads x 64, 682 of 3 x 32.
@@ -25,9 +28,6 @@ MIN_SAVED_NUMBERS = 1 << 17
 # cache, and rows of short tails are not padded to the longest of all. On one AVX2 core with 1 MB of it, 192 rows of 64
 # tokens, 3 KV heads x 32, take 2.0 instead of 4.5 ms a layer.
 BLOCK_NUMBERS = 1 << 19
-
-IntArray = NDArray[np.int64]
-_NO_SLOTS: IntArray = np.empty(0, dtype=np.int64)
 
 
 class Row(NamedTuple):
@@ -38,17 +38,27 @@ class Row(NamedTuple):
     new: int
 
 
+class Piece(NamedTuple):
+    """Consecutive tokens of a path: where their K/V lies, and the path position of the first."""
+
+    slots: IntArray  # [U]
+    start: int
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that several rows share and all their new tokens see.
+    """Tokens that several rows share, in path order.
 
     Attributes:
         queries: The new tokens that see it, None = all. Shape [R].
         slots: Where its K/V lies; a slice when contiguous. Shape [U].
+        hidden: How many of its first tokens each of them does not see, because of a window, always less than U; None =
+            all see it whole. Shape [R].
     """
 
     queries: torch.Tensor | None
     slots: torch.Tensor | slice
+    hidden: torch.Tensor | None = None
 
 
 class Block(NamedTuple):
@@ -75,7 +85,8 @@ class TreeLayout:
         packed_index: Padded query of each new token, as position in B x Q; None with `query_index`. Shape [T].
         last_index: Each row's last new token. Shape [B].
         num_rows, num_queries: B and Q.
-        distinct_tokens: Distinct tokens whose K/V the pass reads.
+        distinct_tokens: Distinct tokens whose K/V a layer reads.
+        windowed: By window (tokens), the layout for layers that see no farther; this one where nothing is hidden.
     """
 
     position_ids: torch.Tensor
@@ -91,6 +102,11 @@ class TreeLayout:
     num_rows: int
     num_queries: int
     distinct_tokens: int
+    windowed: Mapping[int, TreeLayout] = field(default_factory=dict)
+
+    def within(self, window: int | None) -> TreeLayout:
+        """The layout for layers that see through a window of so many tokens, None = that see whole paths."""
+        return self if window is None else self.windowed[window]
 
 
 class LayoutBuilder:
@@ -101,6 +117,7 @@ class LayoutBuilder:
         device: Of the index tensors.
         bias_dtype: Of `TreeLayout.tail_bias`.
         min_saved_tokens: Shared tokens a segment must save from being read again, >= 0; None = what pays on a CPU.
+        windows: Sliding windows of the model's layers (tokens, >= 1); each pass has a layout for each.
     """
 
     def __init__(
@@ -110,6 +127,7 @@ class LayoutBuilder:
         device: torch.device | str = "cpu",
         bias_dtype: torch.dtype = torch.float32,
         min_saved_tokens: int | None = None,
+        windows: Iterable[int] = (),
     ) -> None:
         self._tree = tree
         self._device = torch.device(device)
@@ -119,6 +137,7 @@ class LayoutBuilder:
             min_saved_tokens = MIN_SAVED_NUMBERS // token_numbers
         self._min_saved_tokens = min_saved_tokens
         self._block_tokens = BLOCK_NUMBERS // token_numbers if self._device.type == "cpu" else None
+        self._windows = sorted(set(windows))
         self._next_rows: list[Row] | None = None  # the rows that the remembered plan can be grown to
 
     def build(self, rows: Sequence[Row]) -> TreeLayout:
@@ -160,35 +179,31 @@ class LayoutBuilder:
         for parent, path in paths.items():
             for node in path:
                 below.setdefault(node, []).extend(rows_of[parent])
-        slots_of: dict[int, IntArray] = {}  # of the runs that are no segments, by their first node
-        shared: dict[int, tuple[list[int], IntArray]] = {}  # the others
-        tails: list[IntArray] = [_NO_SLOTS] * len(rows)
+        private: dict[int, Piece] = {}  # the runs that are no segments, by their first node
+        shared: dict[int, tuple[list[int], Piece]] = {}  # the others, with their readers
+        tails: list[list[Piece]] = [[]] * len(rows)
         for parent, path in paths.items():
-            prefix = []
+            prefix: list[Piece] = []
             for run in _runs(path, below):
                 first = run[0]
-                if first not in slots_of and first not in shared:
-                    slots = np.concatenate([tree.slots(node) for node in run])
-                    saved = (len(below[first]) - 1) * len(slots)
-                    if len(slots) and (len(rows) == 1 or saved >= self._min_saved_tokens):
-                        shared[first] = below[first], slots
+                if first not in private and first not in shared:
+                    piece = Piece(np.concatenate([tree.slots(node) for node in run]), tree.prefix_tokens(first))
+                    saved = (len(below[first]) - 1) * len(piece.slots)
+                    if len(piece.slots) and (len(rows) == 1 or saved >= self._min_saved_tokens):
+                        shared[first] = below[first], piece
                     else:
-                        slots_of[first] = slots
-                if first in slots_of:
-                    prefix.append(slots_of[first])
+                        private[first] = piece
+                if first in private:
+                    prefix.append(private[first])
             for index in rows_of[parent]:
                 row = rows[index]
-                own = tree.slots(row.handle)[: row.stored + row.new]
+                own = Piece(tree.slots(row.handle)[: row.stored + row.new], tree.prefix_tokens(row.handle))
                 if len(rows) == 1 and row.new > 1 and row.stored:  # a further chunk of one prompt
-                    shared[row.handle] = [0], own[: row.stored].copy()
-                    own = own[row.stored :]
-                tails[index] = np.concatenate([*prefix, own])
-        self._shared = self._segments(list(shared.values()), rows)
-        self._tail_lengths = np.array([len(tail) for tail in tails], dtype=np.int64)  # [B], new tokens included
-        self._tail = np.empty((len(rows), int(self._tail_lengths.max()) + 16), dtype=np.int64)
-        for index, tail in enumerate(tails):
-            self._tail[index] = tail[0]
-            self._tail[index, : len(tail)] = tail
+                    shared[row.handle] = [0], Piece(own.slots[: row.stored].copy(), own.start)
+                    own = Piece(own.slots[row.stored :], own.start + row.stored)
+                tails[index] = [*prefix, own]
+        self._plan_segments(list(shared.values()), rows)
+        self._plan_tails(tails)
         starts = [tree.prefix_tokens(row.handle) + row.stored for row in rows]
         self._starts = np.array(starts, dtype=np.int64)  # position of each row's first new token
         self._row_index = np.arange(len(rows))
@@ -201,24 +216,44 @@ class LayoutBuilder:
             node = self._tree.parent(node)
         return path[::-1]
 
-    def _segments(self, shared: list[tuple[list[int], IntArray]], rows: list[Row]) -> tuple[Segment, ...]:
+    def _plan_segments(self, shared: list[tuple[list[int], Piece]], rows: list[Row]) -> None:
         ends = np.cumsum([row.new for row in rows])
-        segments = []
-        for readers, slots in shared:
-            queries = None
+        self._num_tokens = int(ends[-1])
+        self._runs: list[Run] = []
+        for readers, piece in shared:
+            queries = np.arange(self._num_tokens)
             if len(readers) < len(rows):
-                queries = self._tensor(np.concatenate([np.arange(ends[i] - rows[i].new, ends[i]) for i in readers]))
-            segments.append(Segment(queries, self._slots(slots)))
-        return tuple(segments)
+                queries = np.concatenate([np.arange(ends[i] - rows[i].new, ends[i]) for i in readers])
+            self._runs.append(Run(queries, *piece))
+        self._segments = tuple(self._segment(run) for run in self._runs)
+
+    def _plan_tails(self, tails: list[list[Piece]]) -> None:
+        slots = [np.concatenate([piece.slots for piece in tail]) for tail in tails]
+        self._tail_lengths = np.array([len(one) for one in slots], dtype=np.int64)  # [B], new tokens included
+        self._tail = np.empty((len(tails), int(self._tail_lengths.max()) + 16), dtype=np.int64)
+        for index, one in enumerate(slots):
+            self._tail[index] = one[0]
+            self._tail[index, : len(one)] = one
+        if self._windows:
+            self._tail_positions = np.full(self._tail.shape, PADDING)
+            for index, tail in enumerate(tails):
+                positions = [np.arange(piece.start, piece.start + len(piece.slots)) for piece in tail]
+                self._tail_positions[index, : len(slots[index])] = np.concatenate(positions)
 
     def _grow_tails(self, rows: list[Row]) -> None:
         slots = [self._tree.slots(row.handle)[row.stored] for row in rows]
-        if int(self._tail_lengths.max()) == self._tail.shape[1]:
+        full = int(self._tail_lengths.max()) == self._tail.shape[1]
+        if full:
             padding = np.repeat(self._tail[:, :1], self._tail.shape[1], axis=1)
             self._tail = np.concatenate([self._tail, padding], axis=1)
         self._tail[self._row_index, self._tail_lengths] = slots
-        self._tail_lengths += 1
         self._starts += 1
+        if self._windows:
+            if full:
+                padding = np.full_like(self._tail_positions, PADDING)
+                self._tail_positions = np.concatenate([self._tail_positions, padding], axis=1)
+            self._tail_positions[self._row_index, self._tail_lengths] = self._starts
+        self._tail_lengths += 1
         self._distinct_tokens += len(rows)
 
     # ------------------------------------------------------------------ tensors
@@ -243,14 +278,14 @@ class LayoutBuilder:
                 query_index = self._tensor((np.cumsum(new) - new)[:, None] + steps)
                 packed_index = self._tensor(owners * num_queries + offsets)
         causal = not before.any() and query_index is None
-        return TreeLayout(
+        layout = TreeLayout(
             position_ids=self._tensor(positions),
             write_slots=self._slots(write_slots),
-            segments=self._shared,
+            segments=self._segments,
             tail_slots=self._tensor(self._tail[:, :length]),
             tail_bias=None if causal else self._bias(before, new, num_queries, length),
             tail_causal=causal,
-            tail_blocks=self._blocks(),
+            tail_blocks=self._blocks(self._tail_lengths),
             query_index=query_index,
             packed_index=packed_index,
             last_index=self._tensor(last_index),
@@ -258,9 +293,46 @@ class LayoutBuilder:
             num_queries=num_queries,
             distinct_tokens=self._distinct_tokens,
         )
+        if not self._windows:
+            return layout
+        return replace(layout, windowed={one: self._through(one, layout, positions, new) for one in self._windows})
 
-    def _blocks(self) -> tuple[Block, ...]:
-        lengths: list[int] = self._tail_lengths.tolist()
+    def _through(self, window: int, layout: TreeLayout, positions: IntArray, new: IntArray) -> TreeLayout:
+        """The layout without what a window hides; `positions` of all new tokens [T], `new` tokens per row [B]."""
+        if int(positions.max()) < window:
+            return layout
+        segments, distinct = [], 0
+        for run, whole in zip(self._runs, layout.segments, strict=True):
+            if (cut := cut_run(run, positions, window)) is not None:
+                part, hidden = cut
+                segments.append(whole if part is run else self._segment(part, hidden))
+                distinct += len(part.slots)
+        length = int(self._tail_lengths.max())
+        tails = Tails(self._tail[:, :length], self._tail_positions[:, :length], self._tail_lengths)
+        tails = cut_tails(tails, self._starts - window + 1)
+        causal = layout.query_index is None and bool((tails.lengths == new).all()) and layout.num_queries <= window
+        own = self._starts[:, None] + np.minimum(np.arange(layout.num_queries)[None], new[:, None] - 1)  # [B, Q]
+        distance = own[:, :, None] - tails.positions[:, None]  # [B, Q, L], of each query to each tail token
+        hidden = (distance < 0) | (distance >= window)
+        return replace(
+            layout,
+            segments=tuple(segments),
+            tail_slots=self._tensor(tails.slots),
+            tail_bias=None if causal or not hidden.any() else self._hide(hidden),
+            tail_causal=causal,
+            tail_blocks=self._blocks(tails.lengths),
+            distinct_tokens=distinct + len(np.unique(tails.slots)),
+        )
+
+    def _segment(self, run: Run, hidden: IntArray | None = None) -> Segment:
+        return Segment(
+            queries=None if len(run.queries) == self._num_tokens else self._tensor(run.queries),
+            slots=self._slots(run.slots),
+            hidden=None if hidden is None else self._tensor(hidden),
+        )
+
+    def _blocks(self, tail_lengths: IntArray) -> tuple[Block, ...]:
+        lengths: list[int] = tail_lengths.tolist()
         if self._block_tokens is None:
             return (Block(0, len(lengths), max(lengths)),)
         blocks: list[Block] = []
@@ -276,9 +348,11 @@ class LayoutBuilder:
         if num_queries == 1 and (before == length - 1).all():
             return None  # every tail is full length, and one query sees all of it
         last_seen = before[:, None] + np.minimum(np.arange(num_queries)[None], new[:, None] - 1)  # [B, Q]
-        hidden = torch.from_numpy(np.arange(length)[None, None] > last_seen[:, :, None])[:, None]
-        bias = torch.zeros(hidden.shape, dtype=self._bias_dtype).masked_fill_(hidden, float("-inf"))
-        return bias.to(self._device)
+        return self._hide(np.arange(length)[None, None] > last_seen[:, :, None])
+
+    def _hide(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
+        bias = torch.zeros((len(hidden), 1, *hidden.shape[1:]), dtype=self._bias_dtype)
+        return bias.masked_fill_(torch.from_numpy(hidden)[:, None], float("-inf")).to(self._device)
 
     def _tensor(self, array: IntArray) -> torch.Tensor:
         return torch.from_numpy(array.copy()).to(self._device)

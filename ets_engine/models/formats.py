@@ -1,113 +1,208 @@
-"""Token formats: how a problem becomes a prompt, where its steps end, and what a PRM reads; it runs no model."""
+"""Token formats of policies: how a problem or a conversation becomes the ids of a prompt; it runs no model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ets_engine.errors import ConfigError
 from ets_engine.messages import Message, Prompt, last_user_text, to_messages
+from ets_engine.models.presets import Preset, find_preset
+from ets_engine.protocols import StepView
+
+THINK, THOUGHT = "<think>", "</think>"  # around what a reasoning model thinks before it replies
+_QUESTION, _REPLY = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes, it is."}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PolicyFormat:
-    """Prompt ids and step boundaries of one policy.
+    """Prompt ids, step boundaries and answers of one policy.
 
     Attributes:
         tokenizer: The policy's.
-        prompt: "line" is the problem on a line of its own after the begin-of-text token: no instructions and no
-            earlier turns; "chat" is the conversation in the tokenizer's chat template.
-        boundaries: Strings that end a step.
+        preset: How its family is asked and read.
         eos_ids: Tokens that finish a solution.
-        max_step_tokens: A longer step is no step of this policy, None = no such limit.
 
     Example:
         PolicyFormat.of(tokenizer, eos_ids=frozenset({2})).prompt_ids("What is 1+1?")
     """
 
     tokenizer: PreTrainedTokenizerBase
-    prompt: str
-    boundaries: tuple[str, ...]
+    preset: Preset
     eos_ids: frozenset[int]
-    max_step_tokens: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> PolicyFormat:
-        """The usual format: a chat turn where the tokenizer has a chat template, steps end with a blank line."""
-        return cls(tokenizer, "chat" if tokenizer.chat_template else "line", ("\n\n",), eos_ids)
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], preset: Preset | None = None
+    ) -> PolicyFormat:
+        """The format of a policy whose solutions also end where its chat template ends a turn.
+
+        Args:
+            tokenizer: The policy's.
+            eos_ids: End-of-text tokens that the checkpoint names.
+            preset: Of its family, None = "chat" where the tokenizer has a chat template, else "plain".
+
+        Raises:
+            ConfigError: There is no end-of-text token, so that no solution would ever finish.
+        """
+        preset = preset or find_preset("chat" if tokenizer.chat_template else "plain", "the policy", tokenizer)
+        format = cls(tokenizer, preset, eos_ids)
+        if format.is_chat:
+            format = replace(format, eos_ids=eos_ids | format._turn_end_ids())
+        if not format.eos_ids and not preset.stop:
+            raise ConfigError(
+                "the policy names no end-of-text token, so no solution would finish; set eos_token in its tokenizer or "
+                "eos_token_id in its generation config"
+            )
+        return format
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the policy reads conversations; any other reads the last user turn only."""
+        return self.preset.prompt == "chat"
+
+    @property
+    def max_step_tokens(self) -> int | None:
+        """A longer step is no step of this policy, None = no such limit."""
+        return self.preset.boundary.tokens
+
+    def describe(self) -> dict[str, str]:
+        """What the policy reads and where its steps end, for people."""
+        preset = self.preset
+        prompts = {"chat": "the tokenizer's chat template", "line": "the problem on a line of its own"}
+        return {
+            "prompt": prompts.get(preset.prompt, repr(preset.prompt)),
+            "system prompt": "none of ours" if preset.system is None else preset.system.partition("\n")[0],
+            "steps": preset.boundary.describe(),
+        }
 
     def prompt_ids(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of the prompt, to be continued by the first step.
 
+        A conversation that ends with an assistant's text is gone on with: that text follows the ids that every reply
+        follows, in ids of its own, with nothing of the template's end of a turn. It is a part of the prompt, so
+        neither steps nor the solution's text repeat it.
+
         Args:
-            prompt: A problem, or a conversation; "line" reads the last user turn of it.
+            prompt: A problem, or a conversation.
             tools: Functions that the policy may call, as JSON schemas in OpenAI's layout.
 
         Raises:
             ConfigError: The policy's prompt has no place for tools, or its chat template refuses the messages.
         """
-        messages = to_messages(prompt)
-        if self.prompt == "chat":
-            return encode(self.tokenizer, self._render(messages, tools))
+        messages, begun = _split_reply(to_messages(prompt))
+        if not messages:
+            raise ConfigError(
+                "the conversation has no question before the reply to go on with; begin with a user message"
+            )
+        if self.is_chat:
+            text = self._render(messages, tools)
+            if text.rstrip().endswith(THINK) and begun.lstrip().startswith(THINK):
+                begun = begun.lstrip().removeprefix(THINK).lstrip("\n")
+            return [*self._begin_once(encode(self.tokenizer, text)), *self._go_on_ids(begun)]
         if tools:
             raise ConfigError("tools: this policy has no chat template, so it cannot be told of tools; leave them out")
-        return begin_ids(self.tokenizer, last_user_text(messages))
+        problem = last_user_text(messages)
+        if self.preset.prompt == "line":
+            return [*self._begin_once(begin_ids(self.tokenizer, problem)), *self._go_on_ids(begun)]
+        asked = self.preset.prompt.replace("{problem}", problem.strip())
+        return [*self._begin_once([*_begin(self.tokenizer), *encode(self.tokenizer, asked)]), *self._go_on_ids(begun)]
+
+    def _begin_once(self, ids: list[int]) -> list[int]:
+        """The ids with one begin-of-text token: some tokenizers put their own before whatever they read."""
+        begin = _begin(self.tokenizer)
+        return ids[1:] if begin and ids[:2] == begin * 2 else ids
+
+    def _go_on_ids(self, begun: str) -> list[int]:
+        """Ids of a reply's beginning, behind a prompt."""
+        ids = encode(self.tokenizer, begun) if begun else []
+        return ids[1:] if ids and ids[:1] == _begin(self.tokenizer) else ids
+
+    def view(self, messages: Sequence[Message]) -> StepView:
+        """How the solutions of a conversation map to answers."""
+        _, begun = _split_reply(messages)
+        opened = (self._reply_opening if self.is_chat else "") + begun
+        return self.preset.make_view(in_thought=opened.rfind(THINK) > opened.rfind(THOUGHT))
+
+    def reader(self, read_step: Callable[[str], str] | None = None) -> Callable[[str], str]:
+        """What a PRM reads of a step's text: no tags of thoughts, no end-of-step mark, which its own format may add.
+
+        Args:
+            read_step: What the caller has it read of the rest, None = all.
+        """
+        marks = [mark for mark in (THINK, THOUGHT, self.preset.step_mark) if mark]
+
+        def read(text: str) -> str:
+            for mark in marks:
+                text = text.replace(mark, "")
+            return text if read_step is None else read_step(text)
+
+        return read
+
+    @cached_property
+    def _reply_opening(self) -> str:
+        """What the template puts between a question and the reply to it."""
+        return self._behind(_QUESTION)
+
+    def _turn_end_ids(self) -> set[int]:
+        """The special token that the template puts right behind a reply, if there is one."""
+        behind = encode(self.tokenizer, self._behind(_QUESTION, _REPLY))[:1]
+        known = self.tokenizer.added_tokens_decoder
+        return {token for token in behind if token in known and known[token].special}
+
+    def _behind(self, *turns: Message) -> str:
+        """What the template puts behind the last of some turns, up to a reply where it is a question."""
+        try:
+            text = self._apply(turns, add_generation_prompt=turns[-1]["role"] == "user")
+        except Exception:  # a template that refuses the plainest conversation is refused when it is used
+            return ""
+        _, found, behind = text.rpartition(turns[-1]["content"])
+        return behind if found else ""  # it rewrites what it is given
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation in the policy's chat template."""
-        turns, given = [dict(message) for message in messages], [dict(tool) for tool in tools]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tools=given or None, add_generation_prompt=True, tokenize=False
-            )
-            is_heard = not tools or text != self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # templates raise whatever their author thought of
-            raise ConfigError(f"the policy's chat template refuses these messages: {error}") from error
-        if not is_heard:
+        """The conversation in the policy's chat template, up to the beginning of a reply."""
+        if self.preset.system and not tools and not any(map(_instructs, messages)):
+            messages = [{"role": "system", "content": self.preset.system}, *messages]
+            messages = _in_user_turn(messages) if self.preset.in_user_turn else messages
+        turns, text = self._heard(messages, tools)
+        if tools and text == self._apply(turns):
             raise ConfigError("tools: this policy's chat template leaves them out; take a model trained to call tools")
-        assert isinstance(text, str)
         return text
 
+    def _heard(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Message], str]:
+        """The first shape of the conversation that the template takes with all its instructions, and its text."""
+        instructions = [message["content"].strip() for message in messages if _instructs(message)]
+        taken: list[tuple[Sequence[Message], str]] = []
+        refusals: list[Exception] = []
+        for turns in _shapes(messages):
+            try:
+                taken.append((turns, self._apply(turns, tools)))
+            except Exception as error:  # templates raise whatever their author thought of
+                refusals.append(error)
+                continue
+            if all(said in taken[-1][1] for said in instructions):
+                return taken[-1]
+        if taken:
+            return taken[0]  # it rewrites what it is given
+        reason = " ".join(str(refusals[0]).split())
+        raise ConfigError(f"the policy's chat template refuses these messages: {reason:.300}") from refusals[0]
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PrmFormat:
-    """What a token-classification PRM in TRL's layout reads: `[bos] problem newline`, then every step and a separator.
-
-    Each piece is tokenised on its own, once; the score of a step is read at its separator's last token.
-
-    Attributes:
-        tokenizer: The PRM's.
-        separator: Ends every step; must be the one of the PRM's training.
-        right: Index of the class that says that all is right so far.
-
-    Raises:
-        ConfigError: The tokenizer drops the separator.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    separator: str = "\n"
-    right: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a separator without a token, which would leave steps without a mark."""
-        if not encode(self.tokenizer, self.separator):
-            raise ConfigError(
-                f"separator={self.separator!r}: {type(self.tokenizer).__name__} has no token for it, so there is no "
-                "place to read a score at; load the tokenizer of the PRM's training"
-            )
-
-    def root_ids(self, problem: str) -> list[int]:
-        """Ids above the first step."""
-        return begin_ids(self.tokenizer, problem)
-
-    def step_ids(self, step: str) -> list[int]:
-        """Ids that a step adds, its own boundary replaced by the separator; the last one is the mark."""
-        return [*encode(self.tokenizer, step.strip()), *encode(self.tokenizer, self.separator)]
+    def _apply(
+        self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), add_generation_prompt: bool = True
+    ) -> str:
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in turns],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **self.preset.template_options,
+        )
+        assert isinstance(text, str)
+        return text
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -115,7 +210,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def begin_ids(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
-    """`[bos] problem newline`, without the first where the tokenizer has none."""
-    begin: Sequence[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*begin, *encode(tokenizer, problem.strip() + "\n")]
+def begin_ids(tokenizer: PreTrainedTokenizerBase, problem: str, end: str = "\n") -> list[int]:
+    """`[bos] problem end`, without the first where the tokenizer has none."""
+    return [*_begin(tokenizer), *encode(tokenizer, problem.strip() + end)]
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _split_reply(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+    """The conversation up to a reply that is to be gone on with, and that reply."""
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        return messages, ""
+    return messages[:-1], last["content"]
+
+
+def _instructs(message: Message) -> bool:
+    return message["role"] in ("system", "developer")
+
+
+def _shapes(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """The conversation as it is, then with its instructions where a template that knows no such role reads them."""
+    yield messages
+    if any(message["role"] == "developer" for message in messages):
+        yield [{**message, "role": "system"} if _instructs(message) else message for message in messages]
+    if any(map(_instructs, messages)):
+        yield _in_user_turn(messages)
+
+
+def _in_user_turn(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with its instructions before the text of the first user turn."""
+    said = [message["content"] for message in messages if _instructs(message)]
+    turns = [message for message in messages if not _instructs(message)]
+    first = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": "\n\n".join(said)}, *turns]
+    asked = {**turns[first], "content": "\n\n".join([*said, turns[first]["content"]])}
+    return [*turns[:first], asked, *turns[first + 1 :]]

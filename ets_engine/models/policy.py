@@ -14,6 +14,7 @@ from ets_engine.messages import Prompt
 from ets_engine.models.formats import PolicyFormat
 from ets_engine.models.paths import ancestors
 from ets_engine.runtime import Branch, DecodeUsage, FinishedBranch, Leaf, SamplingParams, StepDecoder, StopRules
+from ets_engine.scorers import StepEvidence
 from ets_engine.types import Step, StopReason
 
 
@@ -30,6 +31,7 @@ class TreePolicy:
         config: Sampling, limits and the seed.
         search: Name of this search among those of the decoder.
         tools: Functions that the policy may call.
+        needs_certainty: Whether `StepEvidence.certainty` is to be filled.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class TreePolicy:
         config: SearchConfig,
         search: Hashable,
         tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        needs_certainty: bool = False,
     ) -> None:
         """See the class."""
         self._decoder = decoder
@@ -49,12 +53,21 @@ class TreePolicy:
         self._max_tokens = config.max_tokens
         temperature = 0.0 if config.strategy == "greedy" else config.temperature
         self._sampling = SamplingParams(temperature, config.top_p, config.top_k, config.min_p)
-        self._stops = StopRules(format.boundaries, format.eos_ids, config.max_step_tokens, config.stop)
+        self._stops = StopRules(
+            format.preset.boundary.ends,
+            format.eos_ids,
+            config.max_step_tokens,
+            (*format.preset.stop, *config.stop),
+            format.preset.boundary.begins,
+            format.preset.boundary.is_over,
+        )
         self._paths: dict[int, tuple[int, tuple[int, ...]]] = {}  # kept paths: node -> parent, ids
+        self._carries: dict[int, str] = {}  # of kept nodes whose children's text begins with some of it
         self._leaves: dict[int, Leaf] = {}  # nodes whose KV is held
         self._dropped: tuple[int, ...] = ()  # nodes whose KV was, until it was dropped
         self._parents: dict[int, int] = {}  # of the children of the round under way
-        self._states: dict[int, NDArray[np.float32]] = {}  # mean hidden state of each node of the last round
+        self._needs_certainty = needs_certainty
+        self._evidence: dict[int, StepEvidence] = {}  # of each node of the last round
         self._steps: dict[int, Step] = {}  # the decoded ones among those children
 
     def start(self) -> int:
@@ -77,7 +90,7 @@ class TreePolicy:
     def submit(self, parents: Sequence[int], children: Sequence[int]) -> None:
         """Queue one step per child, `children[i]` below `parents[i]`."""
         self._parents = dict(zip(children, parents, strict=True))
-        self._steps, self._states = {}, {}
+        self._steps, self._evidence = {}, {}
         self._queue(children)
 
     @property
@@ -109,6 +122,7 @@ class TreePolicy:
                     sampling=self._sampling,
                     stops=self._stops,
                     max_tokens=self._max_tokens - (leaf.path_tokens - prompt_tokens),
+                    needs_certainty=self._needs_certainty,
                 )
                 for child in children
             ]
@@ -127,8 +141,13 @@ class TreePolicy:
         child = finished.branch.node
         self._leaves[child] = finished.leaf
         self._paths[child] = self._parents[child], finished.token_ids
-        self._states[child] = finished.hidden_mean
-        self._steps[child] = Step(finished.text, len(finished.token_ids), finished.stop)
+        if finished.leaf.carry:
+            self._carries[child] = finished.leaf.carry
+        self._evidence[child] = StepEvidence(
+            finished.num_sampled, finished.logprob, finished.certainty, finished.hidden_mean
+        )
+        failed = "the step boundary's is_over raised on this text" if finished.stop is StopReason.ERROR else None
+        self._steps[child] = Step(finished.text, len(finished.token_ids), finished.stop, failed)
 
     def fail(self, reason: str) -> None:
         """Give up the steps that are not decoded yet: they are errors from now on."""
@@ -150,6 +169,7 @@ class TreePolicy:
                 self._decoder.release(leaf)
         self._leaves = kept
         self._paths = {node: self._paths[node] for node in ancestors(kept, self._paths)}
+        self._carries = {node: carry for node, carry in self._carries.items() if node in kept}
 
     def drop(self) -> None:
         """Free all KV for now; steps that are not decoded yet begin anew after `restore`."""
@@ -172,7 +192,7 @@ class TreePolicy:
             for node in ancestors(open_nodes, self._paths):
                 parent, ids = self._paths[node]
                 if parent >= 0:
-                    built[node] = self._decoder.follow(built[parent], ids)
+                    built[node] = self._decoder.follow(built[parent], ids, self._carries.get(node, ""))
                 else:
                     counted = self.usage.prompt_tokens, self.usage.cached_prompt_tokens
                     built[node] = self._decoder.start(ids, self._search)
@@ -193,7 +213,11 @@ class TreePolicy:
 
     def embed(self, nodes: Sequence[int], texts: Sequence[str]) -> NDArray[np.float32]:
         """Mean of the policy's last hidden states over each step. Shape [L, hidden]."""
-        return np.stack([self._states[node] for node in nodes])
+        return np.stack([self._evidence[node].hidden_mean for node in nodes])
+
+    def evidence(self, nodes: Sequence[int]) -> list[StepEvidence]:
+        """What was computed as these nodes, of the last round, were written. Shape [L]."""
+        return [self._evidence[node] for node in nodes]
 
     @property
     def usage(self) -> DecodeUsage:

@@ -6,11 +6,10 @@ import threading
 from collections.abc import Sequence
 
 from ets_engine.config import EngineConfig
-from ets_engine.errors import ModelLoadError
-from ets_engine.models.formats import PrmFormat
+from ets_engine.models.prm_formats import PrmFormat
+from ets_engine.models.prm_loading import load_prm
 from ets_engine.models.verifier import PrmVerifier
-from ets_engine.reference import REFERENCE, prm_path
-from ets_engine.runtime import Runner, load_token_classifier
+from ets_engine.runtime import Runner
 
 
 class PrmScorer:
@@ -39,17 +38,13 @@ class PrmScorer:
 
     @classmethod
     def from_pretrained(cls, verifier: str, config: EngineConfig | None = None) -> PrmScorer:
-        """Load a PRM: "reference", or a token-classification PRM in TRL's layout by folder or hub name.
+        """Load a PRM: "reference", or one of a published format by folder or hub name; see `load_prm`.
 
         Raises:
             ModelLoadError: It cannot be loaded, or is no PRM.
+            ConfigError: A setting does not go with its format.
         """
-        config = config or EngineConfig()
-        own = verifier == REFERENCE
-        model, tokenizer = load_token_classifier(prm_path() if own else verifier, config)
-        if model.config.num_labels != 2:
-            raise ModelLoadError(f"verifier={verifier!r} has {model.config.num_labels} labels, a PRM has 2")
-        return cls(Runner(model, config, verify=not own), PrmFormat(tokenizer), verifier)
+        return cls(*load_prm(verifier, config), verifier)
 
     def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> list[float]:
         """Probability that all is right up to the last step of each path; NaN where the context is too small.

@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
-from ets_engine.models.formats import PrmFormat
 from ets_engine.models.paths import ancestors
+from ets_engine.models.prm_formats import PrmFormat
+from ets_engine.models.readouts import probabilities
 from ets_engine.runtime import Runner
 
 SCORE_DIGITS = 5  # the same step read in another batch differs in the seventh; equal steps must stay equal
@@ -42,12 +43,12 @@ class VerifierUsage:
 
 
 class PrmVerifier:
-    """Scores steps with a token-classification PRM; every token is read once, ever.
+    """Scores steps with a PRM of any format; every token is read once, ever.
 
     A driver that serves several searches scores their steps in one batch with `score_together`.
 
     Args:
-        runner: The PRM's, shared with other searches.
+        runner: The PRM's, shared with other searches; its head gives what `probabilities` reads.
         format: What the PRM reads.
         problem: What is being solved.
         search: Name of this search among those of the runner.
@@ -134,7 +135,7 @@ class PrmVerifier:
         rows: dict[int, tuple[int, list[int]]] = {}
         for node, parent, text in zip(nodes, parents, texts, strict=True):
             read = text if self._read_step is None else self._read_step(text)
-            above, ids = self._handles[parent], self._format.step_ids(read)
+            above, ids = self._handles[parent], self._format.step_ids(read, is_first=parent == 0)
             if self._runner.tree.path_tokens(above) + len(ids) <= self._runner.context_tokens:
                 rows[node] = self._runner.tree.fork(above), ids
                 self._paths[node] = parent, ids
@@ -179,11 +180,6 @@ class PrmVerifier:
         return len(self._root_ids)
 
     @property
-    def right(self) -> int:
-        """Index of the class that says that all is right so far."""
-        return self._format.right
-
-    @property
     def runner(self) -> Runner:
         """The PRM's, shared with other searches."""
         return self._runner
@@ -211,7 +207,7 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
             verifier.open()
         plans += [verifier.plan(nodes, parents, texts) for verifier, nodes, parents, texts in requests]
         rows = [row for plan in plans for row in plan.values()]
-        right = runner.logits(runner.extend_last(rows)).float().softmax(-1) if rows else None  # [B, classes]
+        right = probabilities(runner.logits(runner.extend_last(rows))).tolist() if rows else []  # [B]
     except BaseException:
         for plan in plans:
             for handle, _ in plan.values():
@@ -225,8 +221,7 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
         verifier.accept(plan)
         verifier.usage.busy_s += busy_s * share / max(1, sum(shares))
         verifier.usage.bytes_moved += round(moved_bytes * share / max(1, sum(shares)))
-        chances = [] if right is None else right[first : first + len(plan), verifier.right].tolist()
-        chances = [round(chance, SCORE_DIGITS) for chance in chances]
+        chances = [round(chance, SCORE_DIGITS) for chance in right[first : first + len(plan)]]
         first += len(plan)
         scores = dict(zip(plan, chances, strict=True))
         found.append([scores.get(node, float("nan")) for node in nodes])

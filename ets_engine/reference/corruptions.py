@@ -32,7 +32,7 @@ def corrupt_countdown(rng: Random, problem: CountdownProblem, lines: Sequence[st
     at = rng.randrange(len(lines))
     out = list(lines[:at])
     state = walk(problem, out)[-1][1] if out else problem.numbers
-    kind = rng.choice(("legal", "legal", "result", "rest", "twice"))
+    kind = rng.choice(("legal", "legal", "result", "result", "rest", "rest", "twice"))
     while len(state) > 1 and len(out) < len(problem.numbers) - 1:
         options = legal_moves(state)
         if not options:
@@ -188,8 +188,8 @@ def slip(rng: Random, value: int) -> int:
     digits = str(value)
     while True:
         kind = rng.random()
-        if kind < 0.4:
-            wrong = value + rng.choice((-10, -2, -1, 1, 2, 10))
+        if kind < 0.5:
+            wrong = value + rng.choice((-10, -2, -2, -1, -1, 1, 1, 2, 2, 10))
         elif kind < 0.8:
             at = rng.randrange(len(digits))
             wrong = int(digits[:at] + str(rng.randrange(10)) + digits[at + 1 :])

@@ -27,6 +27,7 @@ class Leaf:
         recent: Last few tokens of the path, for decoding what follows.
         path_tokens: Tokens of the path, pending ones included (count).
         prompt_tokens: Those of them that no model wrote (count).
+        carry: Text of the path's last tokens that belongs to the next step; see `StopRules.openers`.
     """
 
     handle: int
@@ -37,6 +38,7 @@ class Leaf:
     prompt_tokens: int
     hidden: torch.Tensor | None = None
     prompt: tuple[int, ...] = ()
+    carry: str = ""
 
     @property
     def num_written(self) -> int:
@@ -55,6 +57,7 @@ class Branch:
         sampling: How tokens are drawn.
         stops: When the step ends.
         max_tokens: Tokens left to the trajectory; the step ends with LENGTH when they or the context run out.
+        needs_certainty: Whether `FinishedBranch.certainty` is asked for.
     """
 
     parent: Leaf
@@ -63,6 +66,7 @@ class Branch:
     sampling: SamplingParams
     stops: StopRules
     max_tokens: int
+    needs_certainty: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,11 +77,13 @@ class FinishedBranch:
         branch: As submitted.
         leaf: The new end of the path; the receiver releases it.
         token_ids: Of the step, without an end-of-text token.
-        text: What they add to the path's text.
-        stop: BOUNDARY, FINISHED or LENGTH.
+        text: What they add to the path's text: the parent's `carry` and their own text, without the leaf's `carry`.
+        stop: BOUNDARY, FINISHED, LENGTH, or ERROR where `StopRules.is_over` raised.
         hidden_mean: Mean of the last hidden states at the step's tokens that were read (all but the last; of a
             single-token step, the state it was sampled from). Shape [hidden], float32.
-        logprob: Sum of the tokens' log-probabilities under the model, an end-of-text token's included.
+        num_sampled: Tokens sampled, an end-of-text token included (count).
+        logprob: Sum of their log-probabilities under the model.
+        certainty: Sum of `sampler.certainties` where they were sampled; 0.0 when the branch did not ask.
     """
 
     branch: Branch
@@ -86,7 +92,9 @@ class FinishedBranch:
     text: str
     stop: StopReason
     hidden_mean: NDArray[np.float32]
+    num_sampled: int
     logprob: float
+    certainty: float
 
 
 @dataclass(slots=True)

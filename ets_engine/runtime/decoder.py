@@ -18,7 +18,7 @@ import torch
 from ets_engine.errors import ContextLengthError
 from ets_engine.runtime.branches import Branch, DecodeUsage, FinishedBranch, Leaf
 from ets_engine.runtime.runner import Runner
-from ets_engine.runtime.sampler import sample, uniforms
+from ets_engine.runtime.sampler import certainties, sample, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
 from ets_engine.types import StopReason
 
@@ -30,6 +30,7 @@ class _Live:
     state: int  # its row in the decoder's hidden states
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
+    certainty: float = 0.0
 
 
 class StepDecoder:
@@ -109,8 +110,13 @@ class StepDecoder:
             leaf.pending = leaf.pending[count:]
             self._charge([leaf.search], time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
 
-    def follow(self, leaf: Leaf, token_ids: Sequence[int]) -> Leaf:
+    def follow(self, leaf: Leaf, token_ids: Sequence[int], carry: str = "") -> Leaf:
         """A leaf of the same search that goes on from another, which is opened, by known tokens.
+
+        Args:
+            leaf: The other one.
+            token_ids: Of a step that was decoded below it.
+            carry: As in the leaf that was decoded then.
 
         Raises:
             PoolExhaustedError: the KV pool is full; nothing has changed.
@@ -124,6 +130,7 @@ class StepDecoder:
             recent=(*leaf.recent, *ids)[-CONTEXT_TOKENS:],
             path_tokens=leaf.path_tokens + len(ids),
             prompt_tokens=leaf.prompt_tokens,
+            carry=carry,
         )
 
     def open(self, leaves: Sequence[Leaf]) -> None:
@@ -220,7 +227,7 @@ class StepDecoder:
         """`step` for the live branches."""
         started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
         live = self._live
-        tokens, logprobs = self._draw()
+        tokens, logprobs, certainty = self._draw()
         reasons = [
             self._stops.reason(
                 one.branch.stops,
@@ -228,11 +235,12 @@ class StepDecoder:
                 [*one.tokens, token],
                 self._tokens_left(one.branch),
                 one.branch.parent.num_written,
+                one.branch.parent.carry,
             )
             for one, token in zip(live, tokens, strict=True)
         ]
         finished = [
-            self._finish(row, tokens[row], logprobs[row], reason)
+            self._finish(row, tokens[row], logprobs[row], certainty[row], reason)
             for row, reason in enumerate(reasons)
             if reason is not None
         ]
@@ -248,6 +256,7 @@ class StepDecoder:
         for row in going:
             live[row].tokens.append(tokens[row])
             live[row].logprob += logprobs[row]
+            live[row].certainty += certainty[row]
         for search in {searches[row] for row in going}:
             usage = self.usage(search)
             usage.decode_steps += 1
@@ -259,8 +268,11 @@ class StepDecoder:
     def _tokens_left(self, branch: Branch) -> int:
         return min(branch.max_tokens, self.runner.context_tokens - branch.parent.path_tokens)
 
-    def _draw(self) -> tuple[list[int], list[float]]:
-        """The next token of every live branch and its log-probability; repeating it gives the same tokens."""
+    def _draw(self) -> tuple[list[int], list[float], list[float]]:
+        """The next token of every live branch, its log-probability, and the model's certainty where it is asked for.
+
+        Repeating it gives the same tokens.
+        """
         live = self._live
         logits = self.runner.logits(self._states)
         rows = [one.state for one in live]
@@ -272,9 +284,15 @@ class StepDecoder:
             [one.branch.parent.path_tokens + len(one.tokens) for one in live],
         )
         tokens, logprobs = sample(logits, [one.branch.sampling for one in live], draws)
-        return tokens.tolist(), logprobs.tolist()
+        asked = [row for row, one in enumerate(live) if one.branch.needs_certainty]
+        certainty = [0.0] * len(live)
+        if asked:
+            found = certainties(logits if len(asked) == len(live) else logits[asked])
+            for row, value in zip(asked, found.tolist(), strict=True):
+                certainty[row] = value
+        return tokens.tolist(), logprobs.tolist(), certainty
 
-    def _finish(self, row: int, token: int, logprob: float, reason: StopReason) -> FinishedBranch:
+    def _finish(self, row: int, token: int, logprob: float, certainty: float, reason: StopReason) -> FinishedBranch:
         """The finished step of the live branch whose last token was just drawn; changes nothing."""
         one = self._live[row]
         ended = token in one.branch.stops.eos_ids
@@ -282,6 +300,7 @@ class StepDecoder:
         state, read = self._states[one.state], len(one.tokens)
         mean = self._sums[row] / read if read else state
         parent = one.branch.parent
+        text, carry = self._divide(one.branch, tokens, reason, ended)
         leaf = Leaf(
             handle=one.handle,
             search=parent.search,
@@ -290,20 +309,39 @@ class StepDecoder:
             path_tokens=parent.path_tokens + len(tokens),
             prompt_tokens=parent.prompt_tokens,
             hidden=state.clone() if ended else None,
+            carry=carry,
         )
+        hidden_mean = mean.float().cpu().numpy().copy()  # not a view that keeps the states of the whole batch
+        return FinishedBranch(
+            one.branch,
+            leaf,
+            tokens,
+            text,
+            reason,
+            hidden_mean,
+            num_sampled=len(one.tokens) + 1,
+            logprob=one.logprob + logprob,
+            certainty=one.certainty + certainty,
+        )
+
+    def _divide(self, branch: Branch, tokens: tuple[int, ...], reason: StopReason, ended: bool) -> tuple[str, str]:
+        """Text of a finished step, and what its tokens carry over to the next one."""
+        rules, parent = branch.stops, branch.parent
+        if reason is StopReason.BOUNDARY:
+            return self._stops.split(rules, parent.recent, tokens, parent.carry)
         cut = None
         if reason is StopReason.FINISHED and not ended:
-            cut = self._stops.cut(one.branch.stops, parent.recent, tokens, parent.num_written)
-        text = self._stops.text(parent.recent, tokens) if cut is None else cut
-        hidden_mean = mean.float().cpu().numpy().copy()  # not a view that keeps the states of the whole batch
-        return FinishedBranch(one.branch, leaf, tokens, text, reason, hidden_mean, one.logprob + logprob)
+            cut = self._stops.cut(rules, parent.recent, tokens, parent.num_written, parent.carry)
+        return parent.carry + self._stops.text(parent.recent, tokens) if cut is None else cut, ""
 
     def _without_room(self, branch: Branch) -> FinishedBranch:
         parent = branch.parent
         handle = self.runner.tree.root(owner=parent.search)  # a fork would keep an unread parent from being read later
         leaf = Leaf(handle, parent.search, (), parent.recent, parent.path_tokens, parent.prompt_tokens)
         empty = np.zeros(self.runner.hidden_size, dtype=np.float32)
-        return FinishedBranch(branch, leaf, (), "", StopReason.LENGTH, empty, 0.0)
+        return FinishedBranch(
+            *(branch, leaf, (), parent.carry, StopReason.LENGTH, empty), num_sampled=0, logprob=0.0, certainty=0.0
+        )
 
     def _keep(self, rows: list[int], states: torch.Tensor | None = None) -> None:
         """Keep only these live branches, each with a hidden state of its own: the given ones, or those it has."""

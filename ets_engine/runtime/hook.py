@@ -2,12 +2,13 @@
 
 It is registered once as `ets_tree`; everything it needs travels in the forward's keyword arguments, so there is no
 global state and any number of models and threads may use it. No mask function is registered under that name:
-transformers then builds no mask at all. Under `ets_probe`, used once at load, a mask carries how far a layer sees.
+transformers then builds no mask at all. Under `ets_probe`, used at load, the masks that transformers would build are
+tried instead: what a layer gets in place of its mask is the number of tokens that the mask lets a token see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +16,16 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ets_engine.attention import tree_attention
+from ets_engine.attention.api import Implementation
 from ets_engine.errors import UnsupportedModelError
 from ets_engine.kv import KVPool, LayerShape, TreeLayout
 
 ATTENTION_NAME = "ets_tree"
 PROBE_NAME = "ets_probe"
 FAR = 1 << 20  # tokens; farther than any context
-# What models hand to their attention function when plain softmax attention over all earlier tokens is not what they do.
+# What models hand to their attention function when what they do is no attention of ours.
 _REFUSED_ARGUMENTS = {
-    "softcap": "soft-capped attention scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks of its own kind",
     "position_bias": "a bias on the attention scores",
     "alibi": "a bias on the attention scores (ALiBi)",
 }
@@ -33,45 +33,87 @@ _REFUSED_ARGUMENTS = {
 
 @dataclass(slots=True)
 class TreeForward:
-    """Keyword argument of one forward pass through the tree cache; counts its calls, so that none goes missing."""
+    """Keyword argument of one forward pass through the tree cache; counts its calls, so that none goes missing.
+
+    Attributes:
+        pool: Where K/V goes.
+        layout: Of this pass, with all windows.
+        windows: Of each layer (tokens), None = it sees whole paths.
+        implementation: Of attention, see `tree_attention`.
+        works: What the kernel derives from the layout in one layer, for the others.
+        calls: Of the attention function (count).
+    """
 
     pool: KVPool
     layout: TreeLayout
+    windows: Sequence[int | None]
+    implementation: Implementation = "eager"
+    works: dict[Hashable, Any] = field(default_factory=dict)
     calls: int = 0
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Store one layer's new K/V and attend; query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
         self.calls += 1
         self.pool.write(layer, self.layout.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         packed = query[0].transpose(0, 1).contiguous()  # [T, H, D]
-        return tree_attention(packed, self.pool.layers[layer], self.layout, scale=scale)[None]
+        layout = self.layout.within(self.windows[layer])
+        cache = self.pool.layers[layer]
+        return tree_attention(
+            packed,
+            cache,
+            layout,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            implementation=self.implementation,
+            works=self.works,
+        )[None]
 
 
 @dataclass(slots=True)
 class ShapeProbe:
-    """Keyword argument of the first forward pass: records what each layer asks of attention instead of doing it.
+    """Keyword argument of a forward pass that records what each layer asks of attention instead of doing it.
 
     Attributes:
         shapes: K/V of each layer.
-        windows: How many tokens up to itself a token sees in each layer, at most `FAR`.
+        windows: How many tokens up to itself each layer's mask lets a token see, at most `FAR`; `FAR` without a mask.
+        told: The windows that layers told their attention function; masks are what they do, these must agree.
+        softcaps: The soft caps on scores that layers told, None = none.
         calls: Of the attention function (count).
     """
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     windows: dict[int, int] = field(default_factory=dict)
+    told: dict[int, int] = field(default_factory=dict)
+    softcaps: dict[int, float | None] = field(default_factory=dict)
     calls: int = 0
 
     def note_window(self, layer: int, mask: torch.Tensor | None, sliding_window: int | None) -> bool:
-        """Record how far a layer sees, from what stands in place of its mask; False if that was tampered with."""
-        seen = [] if mask is None else mask.unique().tolist()
-        told = [] if sliding_window is None else [sliding_window]
-        self.windows[layer] = int(min([FAR, *seen, *told]))
-        return len(seen) <= 1 and self.windows[layer] >= 1
+        """Record how far a layer sees, from what stands in place of its mask; False if that is not a window."""
+        seen = [FAR] if mask is None else mask.unique().tolist()
+        self.windows[layer] = int(min(seen))
+        if sliding_window is not None:
+            self.told[layer] = sliding_window
+        return len(seen) == 1 and self.windows[layer] >= 1
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Record the shapes; the result is only there to let the forward pass go on."""
         if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[0] != 1:
@@ -81,6 +123,7 @@ class ShapeProbe:
             )
         self.calls += 1
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3])
+        self.softcaps[layer] = softcap
         return query.new_zeros((1, query.shape[2], query.shape[1], query.shape[3]))
 
 
@@ -94,6 +137,8 @@ def _ets_tree_attention(
     dropout: float = 0.0,
     ets_tree: TreeForward | ShapeProbe | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     if ets_tree is None:
@@ -115,15 +160,31 @@ def _ets_tree_attention(
     if own_mask:
         raise UnsupportedModelError(f"{type(module).__name__} masks its scores in a way of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return ets_tree.attend(layer, query, key, value, scale), None
+    return ets_tree.attend(layer, query, key, value, scale, softcap, s_aux), None
 
 
 def _ets_probe_mask(
     q_length: int, kv_length: int, mask_function: Callable[..., torch.Tensor], device: torch.device, **others: Any
 ) -> torch.Tensor:
-    """In place of a mask: how many tokens the mask lets token `FAR - 1` see, all alike so that slicing keeps it."""
-    seen = mask_function(0, 0, torch.tensor(FAR - 1, device=device), torch.arange(FAR, device=device))
-    return torch.full((1, 1, q_length, kv_length), float(seen.expand(FAR).sum()), device=device)
+    """In place of a mask: the window that the mask is, 0 if it is none; all alike so that slicing keeps it."""
+    return torch.full((1, 1, q_length, kv_length), float(window_of(mask_function, device)), device=device)
+
+
+def window_of(mask_function: Callable[..., torch.Tensor], device: torch.device) -> int:
+    """How many tokens up to itself every token sees, at most `FAR`; 0 if what a token sees is not always that."""
+
+    def seen(position: int) -> torch.Tensor:  # [position + 2], by the token at `position`
+        keys = torch.arange(position + 2, device=device)
+        return mask_function(0, 0, torch.tensor(position, device=device), keys).expand(len(keys))
+
+    far = seen(FAR - 1)
+    window = int(far.sum())
+    tried = {FAR - 1: far} | {near: seen(near) for near in {0, 1, 2, 7, window - 1, window} - {-1, FAR - 1, FAR}}
+    for position, keys_seen in tried.items():
+        ages = position - torch.arange(position + 2, device=device)
+        if not torch.equal(keys_seen, (ages >= 0) & (ages < window)):
+            return 0
+    return window
 
 
 AttentionInterface.register(ATTENTION_NAME, _ets_tree_attention)

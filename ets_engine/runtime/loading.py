@@ -1,27 +1,24 @@
-"""Model and tokenizer by name or path, with one clear line for everything that can go wrong; no network is assumed."""
+"""Weights of a model by name or path, with one clear line for everything that can go wrong; no network is assumed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import set_tqdm_hook
 
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ConfigError, ModelLoadError
-from ets_engine.runtime.support import check_config
+from ets_engine.runtime.checkpoints import Checkpoint, first_line, open_checkpoint
+
+HEADS = ("score", "classifier")
+"""What transformers' token classifiers call their heads."""
+_REFUSALS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)  # by transformers
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -54,83 +51,96 @@ def load_causal_lm(
 
     Args:
         name_or_path: A local folder, or a hub name that is in the local cache or reachable.
-        config: Device, dtype, and whether code from the checkpoint may run.
+        config: Device, dtype, whether code from the checkpoint may run, and `load_options`.
 
     Raises:
-        ModelLoadError: unknown path, no safetensors weights, no tokenizer, weights that do not fit or are missing.
+        ConfigError: a load option that a setting decides, or a device that is absent.
+        ModelLoadError: unknown path, no safetensors weights, no tokenizer, weights that do not fit or are missing, or
+            a load option that transformers does not take.
         UnsupportedModelError: an architecture that tree attention cannot honour.
     """
-    return _load(AutoModelForCausalLM, name_or_path, config or EngineConfig())
+    checkpoint = open_checkpoint(name_or_path, config or EngineConfig())
+    return load_weights(checkpoint, AutoModelForCausalLM), checkpoint.tokenizer
 
 
-def load_token_classifier(
-    name_or_path: str, config: EngineConfig | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A decoder with a token-classification head (a process reward model) and its tokenizer; see `load_causal_lm`.
+def load_weights(
+    checkpoint: Checkpoint, auto: Any, make_head: Callable[[PreTrainedModel], torch.nn.Module] | None = None
+) -> PreTrainedModel:
+    """The model of a checkpoint, on its device.
 
-    Checkpoints that bring a class of their own under `AutoModel` need `trust_remote_code`.
+    Args:
+        checkpoint: What to load, and the settings.
+        auto: `AutoModelForCausalLM` or `AutoModelForTokenClassification`.
+        make_head: Gives a module [..., hidden] -> [..., outputs] that takes the place of the model's head; the head of
+            a token classifier is then never looked at, and need not be there.
+
+    Raises:
+        ConfigError: the device is unknown or absent.
+        ModelLoadError: as `load_causal_lm`.
     """
-    config = config or EngineConfig()
-    remote = getattr(_config(name_or_path, config), "auto_map", None) or {}
-    own_class = config.trust_remote_code and "AutoModel" in remote and "AutoModelForTokenClassification" not in remote
-    return _load(AutoModel if own_class else AutoModelForTokenClassification, name_or_path, config)
-
-
-def _config(name_or_path: str, config: EngineConfig) -> Any:
+    name, settings = checkpoint.name, checkpoint.settings
+    device = resolve_device(settings)
+    dtype = resolve_dtype(settings, device)
+    is_quantized = bool(
+        checkpoint.options.get("quantization_config") or getattr(checkpoint.config, "quantization_config", None)
+    )  # quantised weights are put on their device as they are made, and cannot be moved
+    placed = {"device_map": {"": device}} if is_quantized else {}
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(
-            f"no model at {name_or_path!r}: {_first_line(error)}; give a folder with config.json and *.safetensors, "
-            "or a hub name that is cached here or reachable"
-        ) from error
-
-
-def _load(auto: Any, name_or_path: str, config: EngineConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    check_config(_config(name_or_path, config))
-    device = resolve_device(config)
-    dtype = resolve_dtype(config, device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelLoadError(
-            f"{name_or_path!r} has no usable tokenizer: {_first_line(error)}; save one there with "
-            "tokenizer.save_pretrained(path)"
-        ) from error
-    try:
-        with _without_bars():
+        with _quietly():
             model, found = auto.from_pretrained(
-                name_or_path,
+                name,
                 dtype=dtype,
                 use_safetensors=True,
-                trust_remote_code=config.trust_remote_code,
+                trust_remote_code=checkpoint.trust_remote_code,
                 output_loading_info=True,
+                **placed,
+                **checkpoint.options,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*_REFUSALS, SafetensorError) as error:
+        given = f" with {checkpoint.options}" if checkpoint.options else ""
         raise ModelLoadError(
-            f"the weights of {name_or_path!r} cannot be loaded as {auto.__name__}: {_first_line(error)}; "
+            f"the weights of {name!r} cannot be loaded as {auto.__name__}{given}: {first_line(error)}; "
             "they must be *.safetensors that fit the config"
         ) from error
-    if missing := sorted(found["missing_keys"]):  # transformers would make up random ones
+    replaced = HEADS if make_head else ()
+    missing = sorted(key for key in found["missing_keys"] if key.split(".")[0] not in replaced)
+    if missing:  # transformers would make up random ones
         raise ModelLoadError(
-            f"{name_or_path!r} has no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}: it is no "
+            f"{name!r} has no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}: it is no "
             f"{type(model).__name__}; give the checkpoint of one"
         )
     try:
-        return model.to(device).eval(), tokenizer
+        if make_head is not None:
+            _put_head(model, make_head(model).to(device))
+        return (model if is_quantized else model.to(device)).eval()
     except torch.cuda.OutOfMemoryError as error:
-        raise ModelLoadError(f"{name_or_path!r} does not fit on {device} in {dtype}: {_first_line(error)}") from error
+        raise ModelLoadError(f"{name!r} does not fit on {device} in {dtype}: {first_line(error)}") from error
+
+
+def _put_head(model: PreTrainedModel, head: torch.nn.Module) -> None:
+    """Put a module where the model's own forward pass calls its head."""
+    own = next((name for name in HEADS if hasattr(model, name)), None)
+    if own is not None:
+        setattr(model, own, head)
+    else:
+        model.set_output_embeddings(head)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """No "Loading weights" bar of transformers on the caller's terminal; the hub's download bars stay."""
+def _quietly() -> Iterator[None]:
+    """No "Loading weights" bar and no "LOAD REPORT" table of transformers; the hub's download bars stay.
+
+    What the report tells is either an error of ours (missing weights) or meant so (a PRM's head under another name).
+    """
+    log = logging.getLogger("transformers.modeling_utils")
     previous = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    log.addFilter(_is_no_report)
     try:
         yield
     finally:
+        log.removeFilter(_is_no_report)
         set_tqdm_hook(previous)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

@@ -8,16 +8,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from ets_engine.attention.api import choose_implementation
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ContextLengthError, PoolExhaustedError, UnsupportedModelError
-from ets_engine.kv import KVPool, LayoutBuilder, PrefixCache, PrefixTree, Row
+from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixCache, PrefixTree, Row, TreeLayout
 from ets_engine.runtime.batching import Chunk, plan_forwards
 from ets_engine.runtime.hook import TreeForward
 from ets_engine.runtime.linear import speed_up_linears
@@ -25,12 +27,15 @@ from ets_engine.runtime.support import (
     check_config,
     check_outputs,
     context_tokens,
-    probe_shapes,
+    probe_layers,
     text_config,
     use_tree_attention,
 )
 
 _MEMORY = Path("/proc/meminfo")  # of Linux; files that the system can drop count as free there
+# A segment costs the kernel a partial result per query, written and read: of 32 bits, about four tokens for each query
+# head of a KV head. That many tokens saved pay for it.
+KERNEL_MIN_SAVED_TOKENS = 64
 
 Rows = Sequence[tuple[int, Sequence[int]]]
 
@@ -43,7 +48,8 @@ class RunnerStats:
         forwards: Forward passes (count).
         tokens: Tokens fed (count).
         busy_s: Seconds in forward passes and heads.
-        bytes_moved: Weights plus distinct KV read, summed over forward passes (bytes).
+        bytes_moved: Weights plus distinct KV read, summed over forward passes (bytes); KV outside the window of a layer
+            is not read.
     """
 
     forwards: int = 0
@@ -54,6 +60,9 @@ class RunnerStats:
 
 class Runner:
     """A transformers decoder over a KV tree.
+
+    Layers may see through sliding windows. The tree keeps every token of every path all the same: windows bound what a
+    layer reads, not what is stored nor how long a path may get, and forks, chunks and remembered prompts are as ever.
 
     Args:
         model: As `AutoModelForCausalLM` or `AutoModelForTokenClassification` loads it; switched to tree attention and
@@ -90,7 +99,8 @@ class Runner:
         self.hidden_size = text_config(model).hidden_size
         self.context_tokens = context_tokens(model.config)
         speed_up_linears(model)
-        shapes = probe_shapes(model)
+        shapes, windows = probe_layers(model)
+        self._implementation: Literal["eager", "triton"] = self._choose_attention(shapes)
         token_bytes = sum(2 * one.kv_heads * one.head_dim for one in shapes) * self.dtype.itemsize
         pool = KVPool(
             shapes,
@@ -101,12 +111,11 @@ class Runner:
         )
         self.tree = PrefixTree(pool)
         self.prefixes = PrefixCache(self.tree, self.config.prefix_cache_tokens)
-        bias_dtype = torch.promote_types(self.dtype, torch.float32)
-        self._layouts = LayoutBuilder(self.tree, device=self.device, bias_dtype=bias_dtype)
+        self._use_windows(windows)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
         self.stats = RunnerStats()
         if verify:
-            check_outputs(model, self._probe)
+            check_outputs(model, windows, self._probe)
             self.tree.reset_peak()
             self.stats = RunnerStats()
 
@@ -119,6 +128,33 @@ class Runner:
     def bytes_per_token(self) -> int:
         """KV of one token over all layers (bytes)."""
         return self.tree.pool.bytes_per_token
+
+    def _choose_attention(self, shapes: Sequence[LayerShape]) -> Literal["eager", "triton"]:
+        """The kernel if it fits every layer: a layout lies on the CPU for all layers or for none."""
+        heads = text_config(self.model).num_attention_heads
+        chosen = {
+            choose_implementation(self.device, self.dtype, head_dim=one.head_dim, group=heads // one.kv_heads)
+            for one in shapes
+        }
+        return "triton" if chosen == {"triton"} else "eager"
+
+    def _use_windows(self, windows: Sequence[int | None], min_saved_tokens: int | None = None) -> None:
+        """Take the sliding window of each layer (tokens, None = it sees whole paths), and make layouts for them."""
+        self._windows = windows
+        uses_kernel = self._implementation == "triton"
+        if uses_kernel and min_saved_tokens is None:
+            min_saved_tokens = KERNEL_MIN_SAVED_TOKENS
+        self._layouts = LayoutBuilder(
+            self.tree,
+            device="cpu" if uses_kernel else self.device,  # the kernel's work list is made there
+            bias_dtype=torch.promote_types(self.dtype, torch.float32),
+            min_saved_tokens=min_saved_tokens,
+            windows=[window for window in windows if window is not None],
+        )
+        self._window_bytes: dict[int | None, int] = {}  # KV of one token over the layers with that window
+        for shape, window in zip(self.tree.pool.shapes, windows, strict=True):
+            token_bytes = 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+            self._window_bytes[window] = self._window_bytes.get(window, 0) + token_bytes
 
     # ------------------------------------------------------------------ the primitive
 
@@ -223,7 +259,8 @@ class Runner:
     def _forward(self, rows: Rows, stored: Sequence[int], chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
         layout = self._layouts.build([Row(rows[c.row][0], stored[c.row] + c.start, c.stop - c.start) for c in chunks])
         ids = [token for c in chunks for token in rows[c.row][1][c.start : c.stop]]
-        forward = TreeForward(self.tree.pool, layout)
+        layout = self._move(layout)
+        forward = TreeForward(self.tree.pool, layout, self._windows, self._implementation)
         output = self._base(
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=layout.position_ids[None],
@@ -238,8 +275,20 @@ class Runner:
             )
         self.stats.forwards += 1
         self.stats.tokens += len(ids)
-        self.stats.bytes_moved += self.weight_bytes + layout.distinct_tokens * self.bytes_per_token
+        self.stats.bytes_moved += self.weight_bytes
+        for window, token_bytes in self._window_bytes.items():
+            self.stats.bytes_moved += layout.within(window).distinct_tokens * token_bytes
         return output.last_hidden_state[0], layout.last_index
+
+    def _move(self, layout: TreeLayout) -> TreeLayout:
+        """What the model and the pool index with, on their device; the rest stays where it was made."""
+        slots = layout.write_slots
+        return replace(
+            layout,
+            position_ids=layout.position_ids.to(self.device),
+            write_slots=slots if isinstance(slots, slice) else slots.to(self.device),
+            last_index=layout.last_index.to(self.device),
+        )
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -260,18 +309,17 @@ class Runner:
         self.stats.bytes_moved += self.head_bytes
         return logits
 
-    def _probe(self, prompt: list[int], branches: list[list[int]]) -> list[torch.Tensor]:
+    def _probe(self, prompt: list[int], branches: list[list[int]], windows: Sequence[int | None]) -> list[torch.Tensor]:
         """Outputs of whole sequences, prompt shared, branches token by token: every path through the code."""
-        tree, bias_dtype = self.tree, torch.promote_types(self.dtype, torch.float32)
-        usual = self._layouts
-        self._layouts = LayoutBuilder(tree, device=self.device, bias_dtype=bias_dtype, min_saved_tokens=0)
+        tree, usual = self.tree, self._windows
+        self._use_windows(windows, min_saved_tokens=0)
         root = tree.root()
         shared = [self.extend([(root, prompt)])]
         leaves = [tree.fork(root) for _ in branches]
         steps = [self.extend([(leaf, [ids[i]]) for leaf, ids in zip(leaves, branches, strict=True)]) for i in range(2)]
         for handle in (root, *leaves):
             tree.release(handle)
-        self._layouts = usual
+        self._use_windows(usual)
         own = [torch.stack([step[i] for step in steps]) for i in range(len(branches))]
         sequences = [torch.cat([*shared, part]) for part in own]
         return [self.logits(sequence) if self._head is not None else sequence for sequence in sequences]

@@ -113,6 +113,20 @@ def sample(
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
+def certainties(logits: torch.Tensor) -> torch.Tensor:
+    """How far each next-token distribution is from uniform: KL(uniform || p) / ln V. [B, V] -> [B] (fp32).
+
+    Self-certainty (Kang et al., arXiv 2502.18581) in units of ln V, so that vocabularies compare: 0 for the uniform
+    distribution, no upper bound, infinite where a token is ruled out.
+
+    Example:
+        >>> certainties(torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 1.0]])).round(decimals=2).tolist()
+        [0.0, 3.33]
+    """
+    logits = logits.float()
+    return (logits.logsumexp(-1) - logits.mean(-1)) / math.log(logits.shape[-1]) - 1.0
+
+
 def _weights(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """What each token weighs after temperature and cuts. [B, V] -> [B, V]."""
     temperatures = [one.temperature or 1.0 for one in params]

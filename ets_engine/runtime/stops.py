@@ -1,8 +1,8 @@
-"""Where a step ends: stop strings on decoded text, end-of-text ids, token limits; it knows no model and no KV."""
+"""Where a step ends: strings in decoded text, end-of-text ids, token limits; it knows no model and no KV."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,6 +33,10 @@ class StopRules:
         max_step_tokens: A longer step ends at a boundary, >= 1.
         final_strings: One of these finishes the trajectory. It may have begun in what was written before the step, at
             most `CONTEXT_TOKENS` tokens above, where the beginning stays; it never begins in the prompt.
+        openers: Strings that begin a step: where one follows content, the step ends before it. Its tokens stay where
+            they were sampled, its text opens the next step's.
+        is_over: Called after every token with the step's text so far, which has content; a step of which it says True
+            ends there. It must be quick: all searches wait for it. Where it raises, the step has failed.
 
     Raises:
         ConfigError: an empty stop string, or no room for a token.
@@ -42,9 +46,11 @@ class StopRules:
     eos_ids: frozenset[int] = field(default_factory=frozenset)
     max_step_tokens: int = 256
     final_strings: tuple[str, ...] = ()
+    openers: tuple[str, ...] = ()
+    is_over: Callable[[str], bool] | None = None
 
     def __post_init__(self) -> None:
-        if not all(self.strings + self.final_strings) or self.max_step_tokens < 1:
+        if not all(self.strings + self.final_strings + self.openers) or self.max_step_tokens < 1:
             raise ConfigError(f"{self}: stop strings must not be empty and max_step_tokens must be >= 1")
 
 
@@ -83,7 +89,13 @@ class StopFinder:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def reason(
-        self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], tokens_left: int, num_written: int = 0
+        self,
+        rules: StopRules,
+        recent: Sequence[int],
+        tokens: Sequence[int],
+        tokens_left: int,
+        num_written: int = 0,
+        carry: str = "",
     ) -> StopReason | None:
         """Why a step ends with its newest token, None = it goes on.
 
@@ -93,33 +105,65 @@ class StopFinder:
             tokens: Tokens of the step, the newest last; not stopped before.
             tokens_left: Most tokens the step may have for trajectory and context, >= 1.
             num_written: How many tokens before the step are no prompt (count); there may be more than in `recent`.
+            carry: What the tokens before the step say of it already; see `split`.
         """
         if tokens[-1] in rules.eos_ids:
             return StopReason.FINISHED
         may_finish = rules.final_strings and self._may_close(rules.final_strings, tokens[-1])
-        if may_finish and self.cut(rules, recent, tokens, num_written) is not None:
+        if may_finish and self.cut(rules, recent, tokens, num_written, carry) is not None:
             return StopReason.FINISHED
-        if rules.strings and self._may_close(rules.strings, tokens[-1]):
-            text = self.text(recent, tokens).lstrip()  # blank lines alone are no step
-            if any(stop in text for stop in rules.strings):
+        try:
+            if self._is_over(rules, recent, tokens, carry):
                 return StopReason.BOUNDARY
+        except Exception:  # whatever a function of the user's raises
+            return StopReason.ERROR
         if len(tokens) >= tokens_left:
             return StopReason.LENGTH
         return StopReason.BOUNDARY if len(tokens) >= rules.max_step_tokens else None
 
-    def cut(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], num_written: int = 0) -> str | None:
-        """Text that `tokens` add before the first final string, None when they complete none; as in `reason`."""
+    def _is_over(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], carry: str) -> bool:
+        """Whether the newest token completes a boundary; blank lines alone are no step."""
+        may_end = bool(rules.strings) and self._may_close(rules.strings, tokens[-1])
+        may_open = bool(rules.openers) and self._may_close(rules.openers, tokens[-1])
+        if not (may_end or may_open or rules.is_over):
+            return False
+        text = carry + self.text(recent, tokens)
+        written = text.lstrip()
+        return bool(
+            (may_end and any(stop in written for stop in rules.strings))
+            or (may_open and _opening(rules.openers, text) is not None)
+            or (rules.is_over and written and rules.is_over(text))
+        )
+
+    def split(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], carry: str = "") -> tuple[str, str]:
+        """Text of a step that ends at a boundary, and the text that its tokens carry over to the next step.
+
+        Args:
+            rules: Of this branch.
+            recent: Last tokens before the step.
+            tokens: Tokens of the step.
+            carry: Text that the tokens before the step carry over to it.
+        """
+        text = carry + self.text(recent, tokens)
+        place = _opening(rules.openers, text)
+        return (text, "") if place is None else (text[:place], text[place:])
+
+    def cut(
+        self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], num_written: int = 0, carry: str = ""
+    ) -> str | None:
+        """Text of the step before the first final string, None when `tokens` complete none; as in `reason`."""
         if not rules.final_strings:
             return None
         prompt = max(0, len(recent) - num_written)
         before, text = self.text(recent[:prompt], recent[prompt:]), self.text(recent, tokens)
+        before = max(before, carry, key=len)  # both end where the step's tokens begin
         ends: list[int] = []
         for stop in rules.final_strings:
-            above = before[len(before) - len(stop) + 1 :] if len(before) >= len(stop) else before
+            above = before[max(0, len(before) - len(stop) + 1) :]
             place = (above + text).find(stop)  # it may have begun above, but not ended there
             if place >= 0:
-                ends.append(max(0, place - len(above)))
-        return text[: min(ends)] if ends else None
+                ends.append(max(0, place - len(above) + len(carry)))
+        return (carry + text)[: min(ends)] if ends else None
 
     def _may_close(self, strings: tuple[str, ...], token: int) -> bool:
         """Whether a token may hold the last character of a stop string, or complete one of several bytes."""
@@ -135,3 +179,10 @@ class StopFinder:
             found = found or (_INCOMPLETE in piece and any(ord(character) > 127 for character in last))
             known[token] = found
         return found
+
+
+def _opening(openers: tuple[str, ...], text: str) -> int | None:
+    """Where the next step begins in a text, None when it does not: at the first opener after content of this step."""
+    start = len(text) - len(text.lstrip())
+    start += max((len(opener) for opener in openers if text.startswith(opener, start)), default=1)  # this step's own
+    return min((place for opener in openers if (place := text.find(opener, start)) >= 0), default=None)

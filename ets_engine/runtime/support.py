@@ -5,7 +5,7 @@ The probe is the proof, the reasons are for people: a model that passes neither 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ets_engine.errors import UnsupportedModelError
 from ets_engine.kv import LayerShape
-from ets_engine.runtime.hook import ATTENTION_NAME, PROBE_NAME, ShapeProbe
+from ets_engine.runtime.hook import ATTENTION_NAME, FAR, PROBE_NAME, ShapeProbe
 
 # Config fields that name an attention or a state we cannot honour, and what they mean.
 _REFUSED_FIELDS = {
     "kv_lora_rank": "multi-head latent attention",
-    "attn_logit_softcapping": "soft-capped attention scores",
     "alibi": "ALiBi position biases",
     "ssm_state_size": "recurrent state (state-space layers)",
     "state_size": "recurrent state (state-space layers)",
@@ -34,14 +33,16 @@ _REFUSED_FIELDS = {
 _REFUSED_TYPES = {
     "bloom": "ALiBi position biases",
     "mpt": "ALiBi position biases",
-    "gpt_oss": "attention sinks",
     "mamba": "recurrent state (state-space layers)",
     "mamba2": "recurrent state (state-space layers)",
     "rwkv": "recurrent state (RWKV)",
 }
 _PROBE_TOKENS = 8
+_PROBE_WINDOW = 2  # tokens; the first token after the prompt sees one of the prompt's four, the second sees none
 # Relative to the largest output; eager attention takes its softmax in fp32 even in an fp64 model.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+RunTree = Callable[[list[int], list[list[int]], Sequence[int | None]], list[torch.Tensor]]
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -69,7 +70,7 @@ def check_config(config: PretrainedConfig) -> None:
     if reason is not None:
         raise UnsupportedModelError(
             f"{kind!r} cannot run with a tree KV cache: {reason}; use a decoder with plain softmax attention "
-            "(Llama, Qwen2, Qwen3, Mistral without a sliding window, ...), or a server back-end"
+            "(Llama, Qwen, Mistral, Gemma, Phi-3, OLMo, ...), or a server back-end"
         )
 
 
@@ -106,12 +107,36 @@ def use_tree_attention(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{kind} refuses an attention function from outside: {error}") from error
 
 
-def probe_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """K/V shapes of every layer, asked from the model itself by a forward pass of two tokens.
+def probe_layers(model: PreTrainedModel) -> tuple[list[LayerShape], list[int | None]]:
+    """K/V shape and sliding window of every layer, asked from the model itself by a forward pass of two tokens.
+
+    A window (tokens that a token sees, itself included) is None where it is no shorter than the model's context.
 
     Raises:
-        UnsupportedModelError: a layer does something else than causal softmax attention over all earlier tokens.
+        UnsupportedModelError: a layer does something else than causal softmax attention over all earlier tokens or
+            over the last ones, or tells its attention function something else than its mask or its config says.
     """
+    probe, kind, config = _probe(model), type(model.base_model).__name__, text_config(model)
+    limit, softcap = context_tokens(model.config), getattr(config, "attn_logit_softcapping", None)
+    for layer, window in probe.windows.items():
+        told = probe.told.get(layer, window)
+        if min(told, limit) != min(window, limit):
+            raise UnsupportedModelError(
+                f"{kind} layer {layer} tells its attention function a sliding window of {told} tokens, but its mask "
+                f"lets a token see {window if window < FAR else 'all'}: which of them holds is unknown"
+            )
+        if probe.softcaps[layer] != softcap and softcap is not None:
+            raise UnsupportedModelError(
+                f"{kind} layer {layer} does not tell its attention function of the soft cap on attention scores "
+                f"(config.attn_logit_softcapping={softcap})"
+            )
+    layers = sorted(probe.shapes)
+    windows = [probe.windows[layer] if probe.windows[layer] < limit else None for layer in layers]
+    return [probe.shapes[layer] for layer in layers], windows
+
+
+def _probe(model: PreTrainedModel) -> ShapeProbe:
+    """A forward pass of two tokens that records what every layer asks for."""
     probe, base = ShapeProbe(), model.base_model
     kind = type(base).__name__
     device = next(base.parameters()).device
@@ -136,35 +161,52 @@ def probe_shapes(model: PreTrainedModel) -> list[LayerShape]:
             f"{kind} has {layers} layers, but {probe.calls} attention calls in layers {sorted(probe.shapes)}: some "
             "layers attend more than once, or keep another state than K/V"
         )
-    limit = context_tokens(model.config)
-    for layer, window in probe.windows.items():
-        if window < limit:
-            raise UnsupportedModelError(
-                f"{kind} layer {layer} sees only a sliding window of {window} tokens, its context is {limit}; set "
-                f"sliding_window=None, or max_position_embeddings={window} to stay inside the window"
-            )
-    return [probe.shapes[layer] for layer in range(layers)]
+    return probe
 
 
 def check_outputs(
-    model: PreTrainedModel, run_tree: Callable[[list[int], list[list[int]]], list[torch.Tensor]], name: str = "logits"
+    model: PreTrainedModel, windows: Sequence[int | None], run_tree: RunTree, name: str = "logits"
 ) -> None:
     """Compare the tree path with the model's own eager path on a few tokens; the model keeps our attention after it.
 
+    A few tokens lie inside any real window. So a model with windows is compared once more with its windows set to
+    `_PROBE_WINDOW` tokens in its config, which its masks are made from: the same layers must see less, and as we do.
+
     Args:
         model: With its head.
-        run_tree: (prompt, branches) -> outputs of all tokens of each whole sequence, through the tree cache.
+        windows: Of each layer, as `probe_layers` found them.
+        run_tree: (prompt, branches, windows) -> outputs of all tokens of each whole sequence, through the tree cache.
         name: Output attribute of the model's own forward pass.
 
     Raises:
-        UnsupportedModelError: the two differ.
+        UnsupportedModelError: the two differ, or the windows are not those of `config.sliding_window`.
     """
+    _compare(model, windows, run_tree, name)
+    if not any(windows):
+        return
+    config = text_config(model)
+    usual = getattr(config, "sliding_window", None)
+    config.sliding_window = _PROBE_WINDOW
+    try:
+        short = [None if window is None else _PROBE_WINDOW for window in windows]
+        probe = _probe(model)
+        if [window if window < FAR else None for _, window in sorted(probe.windows.items())] != short:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has sliding windows that do not follow config.sliding_window, so that they "
+                "cannot be tried on a few tokens"
+            )
+        _compare(model, short, run_tree, name)
+    finally:
+        config.sliding_window = usual
+
+
+def _compare(model: PreTrainedModel, windows: Sequence[int | None], run_tree: RunTree, name: str) -> None:
     config = text_config(model)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, config.vocab_size, (_PROBE_TOKENS,), generator=generator).tolist()
     prompt, branches = ids[:4], [ids[4:6], ids[6:8]]
-    ours = run_tree(prompt, branches)
+    ours = run_tree(prompt, branches, windows)
     model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
@@ -173,7 +215,7 @@ def check_outputs(
         model.set_attn_implementation(ATTENTION_NAME)
     for mine, theirs in zip(ours, plain, strict=True):
         error = float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-6))
-        allowed = _TOLERANCE[theirs.dtype]
+        allowed = _TOLERANCE[next(model.parameters()).dtype]  # a PRM's head is wider than what feeds it
         if not error <= allowed:
             raise UnsupportedModelError(
                 f"{type(model).__name__} differs from its own eager attention by {error:.2g} of the largest output "

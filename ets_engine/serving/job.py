@@ -15,10 +15,10 @@ from typing import Any
 
 from ets_engine.config import SearchConfig
 from ets_engine.messages import Message, Prompt
-from ets_engine.models import PrmVerifier, TreePolicy
+from ets_engine.models import EvidenceVerifier, PrmVerifier, TreePolicy
 from ets_engine.protocols import Cancel, OnEvent, Selector, StepView
 from ets_engine.results import EndedEarly
-from ets_engine.scorers import CallableVerifier, EqualVerifier, Scorer
+from ets_engine.scorers import CallableVerifier, EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import Request, Score, SearchTree
 from ets_engine.types import SearchEvent, SearchResult
 
@@ -42,7 +42,7 @@ class Job:
         prm_problem: What the PRM reads.
         config: Width, limits, seed.
         selector: Of the caller's own, None = the one that `config` names.
-        verifier: Of the caller's own, None = the engine's PRM.
+        verifier: Of the caller's own, or one that reads what the policy computes; None = the engine's PRM.
         view: How texts map to answers.
         on_event: Called with every depth's progress, in a thread of this job.
         cancel: Once set, the best so far is the result.
@@ -67,7 +67,7 @@ class Job:
     prm_problem: str
     config: SearchConfig
     selector: Selector | None
-    verifier: Scorer | EqualVerifier | None
+    verifier: Scorer | EvidenceScorer | EqualVerifier | None
     view: StepView
     on_event: OnEvent | None
     cancel: Cancel | None
@@ -82,7 +82,7 @@ class Job:
     is_read: bool = False
     searching: Generator[Request, Any, SearchTree] | None = None
     policy: TreePolicy | None = None
-    judge: PrmVerifier | CallableVerifier | EqualVerifier | None = None
+    judge: PrmVerifier | CallableVerifier | EvidenceVerifier | EqualVerifier | None = None
     request: Request | None = None
     is_asked: bool = False
     reply: object = PENDING

@@ -14,6 +14,7 @@ from typing import cast
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.models import (
+    EvidenceVerifier,
     PolicyFormat,
     PrmFormat,
     PrmVerifier,
@@ -21,8 +22,9 @@ from ets_engine.models import (
     TreePolicy,
     score_together,
 )
+from ets_engine.protocols import Embedder
 from ets_engine.runtime import Runner, StepDecoder
-from ets_engine.scorers import CallableVerifier, EqualVerifier
+from ets_engine.scorers import CallableVerifier, EqualVerifier, EvidenceScorer
 from ets_engine.search import (
     Expand,
     Progress,
@@ -51,11 +53,15 @@ class Models:
         decoder: Of the policy.
         format: The policy's prompt and step boundaries.
         verifier: The PRM and what it reads, None = every search brings a verifier of its own.
+        embedder: Says how differently steps reason, None = the policy's own hidden states do. It is called in the
+            engine's thread, like the PRM, once per depth and search: so that nothing which shares its batch can change
+            what it says, and with it the clusters.
     """
 
     decoder: StepDecoder
     format: PolicyFormat
     verifier: tuple[Runner, PrmFormat] | None
+    embedder: Embedder | None = None
 
     @property
     def runners(self) -> tuple[Runner, ...]:
@@ -221,12 +227,17 @@ class Scheduler:
             self._couriers.pop(job)  # called off while it waited
             return
         self._live[job.number] = job
-        models = self._models
-        job.policy = TreePolicy(models.decoder, models.format, job.prompt, job.config, job.number, job.tools)
-        if isinstance(job.verifier, EqualVerifier):
-            job.judge = job.verifier
-        elif job.verifier is not None:
-            job.judge = CallableVerifier(job.verifier, job.problem)
+        models, verifier = self._models, job.verifier
+        job.policy = TreePolicy(
+            *(models.decoder, models.format, job.prompt, job.config, job.number, job.tools),
+            needs_certainty=isinstance(verifier, EvidenceScorer) and verifier.needs_certainty,
+        )
+        if isinstance(verifier, EqualVerifier):
+            job.judge = verifier
+        elif isinstance(verifier, EvidenceScorer):
+            job.judge = EvidenceVerifier(verifier, job.policy)
+        elif verifier is not None:
+            job.judge = CallableVerifier(verifier, job.problem)
         else:
             assert models.verifier is not None
             job.judge = PrmVerifier(*models.verifier, job.prm_problem, job.number, job.read_step)
@@ -286,14 +297,14 @@ class Scheduler:
                     job.policy.submit(parents, children)
                 steps = job.policy.steps()
                 return PENDING if steps is None else steps
-            case Score() as request if not isinstance(job.judge, EqualVerifier):
+            case Score() as request if isinstance(job.judge, PrmVerifier | CallableVerifier):
                 if not was_asked and isinstance(job.judge, CallableVerifier):
                     self._couriers[job].judge(job.judge, request, lambda found: self._hear(job, request, found))
                 return job.reply
             case Progress(event):
                 return self._couriers[job].tell(event)
             case request:
-                return answer(request, job.policy, job.judge, job.policy)
+                return answer(request, job.policy, job.judge, self._models.embedder or job.policy)
 
     def _read_ahead(self, policy: TreePolicy) -> bool:
         """Whether a search's prompt is read, but for what goes along with its first steps; one chunk per tick."""

@@ -17,9 +17,9 @@ HEAD_DIM = 8
 
 
 def random_batch(
-    seed: int, kv_heads: int, min_saved_tokens: int, decoding: bool
+    seed: int, kv_heads: int, min_saved_tokens: int, decoding: bool, windows: tuple[int, ...] = ()
 ) -> tuple[torch.Tensor, TreeLayout, list[list[int]]]:
-    """A cache of random numbers, a layout over a random tree, and the slots of each query's whole path."""
+    """A cache of random numbers, a layout over a random tree, and the slots of each query's whole path, in order."""
     rng = random.Random(seed)
     tree = PrefixTree(KVPool([LayerShape(kv_heads, HEAD_DIM)], page_tokens=3, dtype=torch.float64))
     frontier = [tree.root()]
@@ -33,7 +33,7 @@ def random_batch(
         stored, new = tree.num_tokens(leaf), 1 if decoding else rng.randrange(1, 7)
         tree.append(leaf, new)
         rows.append(Row(leaf, stored, new))
-    builder = LayoutBuilder(tree, bias_dtype=torch.float64, min_saved_tokens=min_saved_tokens)
+    builder = LayoutBuilder(tree, bias_dtype=torch.float64, min_saved_tokens=min_saved_tokens, windows=windows)
     layout = builder.build(rows)
     expected = []
     for row in rows:
@@ -62,6 +62,54 @@ def test_fast_attention_equals_the_specification(
     fast = tree_attention(query, cache, layout, scale=0.3)
     specified = tree_attention(query, cache, layout, scale=0.3, implementation="reference")
     assert (fast - specified).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("min_saved_tokens", [0, 8, 10**9])
+@pytest.mark.parametrize("decoding", [False, True])
+def test_windows_caps_and_sinks_equal_the_specification(seed: int, min_saved_tokens: int, decoding: bool) -> None:
+    """Each query sees the last tokens of its path, itself included; none of a segment's queries sees nothing of it."""
+    windows = (1, 3, 8, 10**6)
+    cache, layout, paths = random_batch(seed, 2, min_saved_tokens, decoding, windows)
+    query, sinks = torch.randn(len(paths), 6, HEAD_DIM, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    assert layout.within(None) is layout and layout.within(10**6).segments is layout.segments
+    for window in windows:
+        view = layout.within(window)
+        assert [sorted(slots) for slots in visible_slots(view)] == [sorted(slots[-window:]) for slots in paths]
+        assert all(int(one.hidden.max()) < len_of(one.slots) for one in view.segments if one.hidden is not None)
+        assert view.distinct_tokens == len({slot for slots in paths for slot in slots[-window:]})
+        for options in ({}, {"softcap": 0.7}, {"sinks": sinks}, {"softcap": 0.7, "sinks": sinks}):
+            fast = tree_attention(query, cache, view, scale=0.9, **options)
+            specified = tree_attention(query, cache, view, scale=0.9, implementation="reference", **options)
+            assert (fast - specified).abs().max() < 1e-12, (window, options)
+
+
+def len_of(slots: torch.Tensor | slice) -> int:
+    """How many slots a segment has."""
+    return slots.stop - slots.start if isinstance(slots, slice) else len(slots)
+
+
+def test_the_specification_caps_scores_then_masks_and_sinks_have_no_value() -> None:
+    """The formulas by hand, for the last query: softmax over [cap(q k), sink], values for the former alone."""
+    cache, layout, paths = random_batch(1, 1, 0, False, (5,))
+    query, sinks = torch.randn(len(paths), 1, HEAD_DIM, dtype=torch.float64), torch.tensor([0.3]).double()
+    keys, values = cache[paths[-1][-5:], :, 0].unbind(1)
+    scores = 0.7 * torch.tanh(0.9 * (keys @ query[-1, 0]) / 0.7)
+    expected = scores.exp() @ values / (scores.exp().sum() + sinks[0].exp())
+    options = {"scale": 0.9, "softcap": 0.7, "sinks": sinks, "implementation": "reference"}
+    assert (tree_attention(query, cache, layout.within(5), **options)[-1, 0] - expected).abs().max() < 1e-12
+
+
+def test_capped_scores_in_bfloat16_are_as_exact_as_uncapped_ones() -> None:
+    """A processor without fast bf16 matmuls widens them; the result is rounded once."""
+    cache, layout, paths = random_batch(2, 2, 0, True, (5,))
+    query = torch.randn(len(paths), 4, HEAD_DIM).bfloat16()
+    half, layout = cache.bfloat16(), layout.within(5)
+    for options in ({}, {"softcap": 2.0}):
+        ours = tree_attention(query, half, layout, scale=0.3, **options)
+        exact = tree_attention(query.double(), half.double(), layout, scale=0.3, **options)
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - exact).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -115,6 +163,10 @@ def test_bad_shapes_are_refused_at_the_door() -> None:
             tree_attention(query, cache, layout, scale=1.0)
     with pytest.raises(ValueError, match="queries"):
         tree_attention(torch.cat([good, good]), cache, layout, scale=1.0)
+    with pytest.raises(ValueError, match="use None for scores without a cap"):
+        tree_attention(good, cache, layout, scale=1.0, softcap=0.0)
+    with pytest.raises(ValueError, match="each of 4 query heads"):
+        tree_attention(good, cache, layout, scale=1.0, sinks=torch.zeros(2))
     with pytest.raises(ValueError, match="'reference'"):
         tree_attention(good, cache, layout, scale=1.0, implementation="fast")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from ets_engine.config import EngineConfig, SearchConfig, Strategy
 from ets_engine.errors import ConfigError
-from ets_engine.models import PolicyFormat, PrmFormat, TreePolicy
+from ets_engine.models import PolicyFormat, Preset, StepBoundary, TreePolicy, TrlFormat
 from ets_engine.runtime import Runner, StepDecoder
 from ets_engine.search import Rebase
 from ets_engine.service import ETSEngine
@@ -30,7 +30,7 @@ WITH_TOOLS = (
     "{{ bos_token }}{% if tools %}{% for t in tools %}{{ t.function.name }}\n{% endfor %}{% endif %}"
     "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}so {% endif %}"
 )
-STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}" + PLAIN
+STRICT = "{% if 'brief' in messages[0].content %}{{ raise_exception('no haste, please') }}{% endif %}" + PLAIN
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
@@ -53,9 +53,9 @@ def make(template: str | None = None, boundaries: tuple[str, ...] = ("\n\n",)) -
     """A random policy with this chat template and these step boundaries, without a PRM."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    prompt = "line" if template is None else "chat"
+    preset = Preset("own", "", prompt="line" if template is None else "chat", boundary=StepBoundary(boundaries))
     runner = Runner(tiny_model("llama_gqa_rope_scaled"), PAGES)  # pyright: ignore[reportArgumentType]
-    return ETSEngine(runner, PolicyFormat(tokenizer, prompt, boundaries, frozenset({2})))
+    return ETSEngine(runner, PolicyFormat.of(tokenizer, frozenset({2}), preset))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_template_that_leaves_tools_out_is_refused() -> None:
 
 
 def test_a_template_that_raises_is_named() -> None:
-    with pytest.raises(ConfigError, match="chat template refuses these messages: no system turn, please"):
+    with pytest.raises(ConfigError, match="chat template refuses these messages: no haste, please"):
         chat_format(STRICT).prompt_ids(TURNS)
     assert chat_format(STRICT).prompt_ids(TURNS[1:])
 
@@ -169,7 +169,7 @@ def test_what_a_template_cannot_say_ends_its_search_alone() -> None:
     good = chat.submit(PROBLEM, settings(), verifier=half)
     refused = chat.submit(TURNS, settings(), verifier=half)
     unheard = chat.submit(PROBLEM, settings(), verifier=half, tools=TOOLS)
-    with pytest.raises(ConfigError, match="no system turn"):
+    with pytest.raises(ConfigError, match="no haste"):
         refused.result(20)
     with pytest.raises(ConfigError, match="leaves them out"):
         unheard.result(20)
@@ -218,9 +218,14 @@ def test_the_prm_reads_the_problem_and_the_steps_that_it_is_told_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    step_ids, root_ids = PrmFormat.step_ids, PrmFormat.root_ids
-    monkeypatch.setattr(PrmFormat, "step_ids", lambda self, step: (read.append(step), step_ids(self, step))[1])
-    monkeypatch.setattr(PrmFormat, "root_ids", lambda self, problem: (read.append(problem), root_ids(self, problem))[1])
+    step_ids, root_ids = TrlFormat.step_ids, TrlFormat.root_ids
+
+    def seen_step_ids(self: TrlFormat, step: str, *, is_first: bool) -> list[int]:
+        read.append(step)
+        return step_ids(self, step, is_first=is_first)
+
+    monkeypatch.setattr(TrlFormat, "step_ids", seen_step_ids)
+    monkeypatch.setattr(TrlFormat, "root_ids", lambda self, problem: (read.append(problem), root_ids(self, problem))[1])
     config = SearchConfig(width=4, max_steps=2, max_step_tokens=6, max_tokens=12)
     options: Any = {"problem_text": "1+1?", "read_step": lambda text: text.replace("a", "").upper()}
     with ETSEngine.from_pretrained(save_policy(tmp_path / "policy"), save_prm(tmp_path / "prm"), PAGES) as judged:
@@ -241,6 +246,94 @@ def test_the_reference_engine_reads_a_conversation_as_its_question() -> None:
         with pytest.raises(ConfigError, match="cannot be told of tools"):
             reference.search(turns, config, tools=TOOLS)
         settle(reference)
+
+
+# ---------------------------------------------------------------------- boundaries of every kind
+
+
+def boundaries(free: str) -> dict[str, StepBoundary]:
+    """Boundaries that a text crosses."""
+    return {
+        "ends": StepBoundary(ends=(free[3:5], free[11:12])),
+        "begins": StepBoundary(begins=(free[3:5], free[11:13], free[20:21])),
+        "both": StepBoundary(ends=(free[5:6],), begins=(free[9:11], free[17:19])),
+        "tokens": StepBoundary(tokens=5),
+        "is_over": StepBoundary(is_over=lambda text: len(text) >= 6 and text[-1] in free[5:9]),
+    }
+
+
+def make_divided(boundary: StepBoundary, **changes: Any) -> ETSEngine:
+    runner = Runner(tiny_model("llama_gqa_rope_scaled"), PAGES.replace(**changes))  # pyright: ignore
+    preset = Preset("own", "", prompt="line", boundary=boundary)
+    return ETSEngine(runner, PolicyFormat.of(tiny_tokenizer(), frozenset({2}), preset))
+
+
+@pytest.mark.parametrize("kind", ["ends", "begins", "both", "tokens", "is_over"])
+def test_whatever_divides_a_trajectory_it_reads_the_same(engine: ETSEngine, kind: str) -> None:
+    """Every token is sampled once at its place, so a greedy trajectory does not know of its steps."""
+    free = engine.search(PROBLEM, settings("greedy", max_steps=40)).text
+    boundary = boundaries(free)[kind]
+    other = make_divided(boundary)
+    seen: list[tuple[str, ...]] = []
+
+    def judge(problem: str, steps: Sequence[str]) -> float:
+        seen.append(tuple(steps))
+        return 0.5
+
+    config = settings("greedy", max_steps=40, max_step_tokens=40)
+    divided = other.search(PROBLEM, config.replace(max_tokens=30), verifier=judge)
+    assert divided.trace is not None and len(divided.trace) > 3
+    steps = [node.text for node in divided.trace[1:]]
+    assert free.startswith("".join(steps)) and "".join(steps), "the last opener may stand behind it"
+    assert sum(node.num_tokens for node in divided.trace[1:]) == 30
+    assert seen[-1] == tuple(steps[: len(seen[-1])]), "verifiers read the steps as they are divided"
+    for above, below in pairwise(steps):
+        assert not boundary.ends or above.endswith(boundary.ends) or below.startswith(boundary.begins)
+        assert not boundary.begins or below.startswith(boundary.begins) or above.endswith(boundary.ends or "never")
+    settle(other)
+    other.close()
+
+
+def test_a_search_divided_by_openers_gives_up_its_memory_and_goes_on() -> None:
+    """What a step carries over to the next one is not lost with its KV, nor told twice."""
+    boundary = StepBoundary(begins=tuple("aeioubdfg0123"))
+    roomy, tight = make_divided(boundary), make_divided(boundary, kv_pool_tokens=160)
+    jobs = [(f"what is {i}+{i}?", settings("rebase", width=4, max_step_tokens=4, seed=i)) for i in range(10)]
+    expected = [roomy.search(*job, verifier=half) for job in jobs]
+    together = [future.result(60) for future in [tight.submit(*job, verifier=half) for job in jobs]]
+    assert tight.stats().preemptions > 0
+    for one, other in zip(expected, together, strict=True):
+        assert one.trace is not None and other.trace is not None
+        assert [(node.text, node.stop) for node in one.trace] == [(node.text, node.stop) for node in other.trace]
+    opened = [node for result in expected for node in result.trace or () if node.text.startswith(boundary.begins)]
+    assert len(opened) > 20
+    for used in (roomy, tight):
+        settle(used)
+        used.close()
+
+
+def test_a_boundary_function_that_raises_fails_its_branches_alone() -> None:
+    def is_over(text: str) -> bool:
+        if text > "m":
+            raise ValueError("never m")
+        return len(text) > 4
+
+    other = make_divided(StepBoundary(is_over=is_over))
+    result = other.search(PROBLEM, settings("rebase", width=8), verifier=half)
+    assert result.trace is not None
+    failed = [node for node in result.trace if node.stop is StopReason.ERROR]
+    assert 0 < len(failed) == result.num_errors < len(result.trace) - 1
+    assert other.search(PROBLEM, settings("rebase", width=8), verifier=half).trace == result.trace
+    settle(other)
+    other.close()
+
+
+def test_a_reply_is_gone_on_with_and_is_no_part_of_the_solution(engine: ETSEngine) -> None:
+    free = engine.search(PROBLEM, settings("greedy"))
+    begun = {"role": "assistant", "content": free.text[:9]}
+    result = engine.search([{"role": "user", "content": PROBLEM}, begun], settings("greedy"))
+    assert result.prompt_tokens == free.prompt_tokens + 9
+    assert result.text[:20] == free.text[9:29]
 
 
 # ---------------------------------------------------------------------- stop texts

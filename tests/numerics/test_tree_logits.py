@@ -13,7 +13,7 @@ from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.kv import LayoutBuilder
 from ets_engine.runtime import Runner
 
-from .conftest import CONFIGS, VOCABULARY, plain_logits, tiny_model
+from .conftest import CONFIGS, FAMILIES, VOCABULARY, plain_logits, tiny_model
 
 MAX_ERROR = 1e-4
 
@@ -69,6 +69,46 @@ def test_random_trees_match_by_the_attention_of_other_devices(model_name: str, m
     runner = Runner(tiny_model(model_name), EngineConfig(page_tokens=4, prefill_chunk_tokens=16))
     runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=8)
     assert grow_and_compare(runner, tiny_model(model_name), seed=3) < MAX_ERROR
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_random_trees_of_more_families_match(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, soft caps, sinks, experts, layers without rope: by segments, by tails, and by matmuls."""
+    runner, model = Runner(tiny_model(family), EngineConfig(page_tokens=4, prefill_chunk_tokens=16)), tiny_model(family)
+    assert any(runner._windows) == (getattr(model.config, "sliding_window", None) is not None)
+    for seed, min_saved_tokens in enumerate((0, 256)):
+        runner._use_windows(runner._windows, min_saved_tokens)
+        assert grow_and_compare(runner, model, seed, rounds=5) < MAX_ERROR
+    monkeypatch.setattr("ets_engine.attention.eager.attend", attend_by_matmul)
+    runner._use_windows(runner._windows, min_saved_tokens=8)
+    assert grow_and_compare(runner, model, seed=2, rounds=5) < MAX_ERROR
+
+
+def test_a_row_has_the_same_logits_whatever_shares_its_batch() -> None:
+    """Each token finds its experts alone: no capacity that neighbours could use up."""
+    logits = []
+    for neighbours in (0, 5):
+        runner = Runner(tiny_model("qwen3_moe"))
+        tree, root = runner.tree, runner.tree.root()
+        runner.extend([(root, list(range(3, 20)))])
+        rows = [(tree.fork(root), [30 + i, 31 + i]) for i in range(neighbours + 1)]
+        logits.append(runner.logits(runner.extend(rows))[:2])
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
+def test_a_remembered_prompt_serves_windows_too() -> None:
+    """Its first tokens are outside every window of the one search, and inside those of another that leaves it early."""
+    runner, model = Runner(tiny_model("gemma2"), EngineConfig(page_tokens=4)), tiny_model("gemma2")
+    prompt = list(range(3, 33))
+    leaf, _ = runner.prefixes.begin(prompt, owner=None)
+    runner.extend([(leaf, prompt)])
+    assert runner.prefixes.remember(prompt, leaf) == 28
+    other = [*prompt[:6], *range(40, 43)]
+    for ids, remembered in ((prompt, 28), (other, 4)):
+        leaf, known = runner.prefixes.begin(ids, owner=None)
+        assert known == remembered
+        logits = runner.logits(runner.extend_last([(leaf, ids[known:])]))[0]
+        assert (logits - plain_logits(model, ids)[-1]).abs().max() < MAX_ERROR
 
 
 def test_fp64_leaves_only_rounding() -> None:
@@ -170,6 +210,25 @@ def test_bytes_moved_is_weights_and_distinct_kv() -> None:
     before = runner.stats.bytes_moved
     runner.extend([(leaf, [6]) for leaf in leaves])
     assert runner.stats.bytes_moved - before == runner.weight_bytes + (40 + 8) * runner.bytes_per_token
+
+
+def test_bytes_moved_leaves_out_what_a_window_hides() -> None:
+    runner = Runner(tiny_model("gemma2"))  # two layers, the first with a window of 8
+    tree, root = runner.tree, runner.tree.root()
+    runner.extend([(root, [5] * 40)])
+    leaves = [tree.fork(root) for _ in range(8)]
+    before = runner.stats.bytes_moved
+    runner.extend([(leaf, [6]) for leaf in leaves])
+    tokens = ((7 + 8) + (40 + 8)) / 2  # of both layers
+    assert runner.stats.bytes_moved - before == runner.weight_bytes + tokens * runner.bytes_per_token
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_windows_soft_caps_and_sinks_on_a_gpu(cuda: torch.device, family: str) -> None:
+    runner = Runner(tiny_model(family).to(cuda), EngineConfig(page_tokens=4))
+    runner._use_windows(runner._windows, min_saved_tokens=0)
+    assert grow_and_compare(runner, tiny_model(family).to(cuda), seed=1) < 10 * MAX_ERROR
 
 
 @pytest.mark.gpu

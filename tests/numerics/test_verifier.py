@@ -11,7 +11,7 @@ import torch
 
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ContextLengthError
-from ets_engine.models import PrmFormat, PrmVerifier
+from ets_engine.models import PrmVerifier, TrlFormat
 from ets_engine.runtime import Runner
 from ets_engine.scorers import CallableVerifier
 
@@ -24,7 +24,7 @@ LETTERS = "abcdef 0123456789+-*/="
 
 def verifier_for(name: str = "llama", problem: str = PROBLEM, **settings: int) -> tuple[PrmVerifier, Runner]:
     runner = Runner(tiny_prm(name), EngineConfig(page_tokens=4, prefix_cache_tokens=0, **settings))
-    return PrmVerifier(runner, PrmFormat(tiny_tokenizer()), problem, search="a"), runner
+    return PrmVerifier(runner, TrlFormat(tiny_tokenizer()), problem, search="a"), runner
 
 
 @torch.inference_mode()
@@ -100,7 +100,7 @@ def test_a_step_without_text_is_scored_at_its_mark() -> None:
 
 def test_two_searches_do_not_mix() -> None:
     first, runner = verifier_for()
-    second = PrmVerifier(runner, PrmFormat(tiny_tokenizer()), "what is 2+2?", search="b")
+    second = PrmVerifier(runner, TrlFormat(tiny_tokenizer()), "what is 2+2?", search="b")
     alone, _ = verifier_for()
     expected = alone.score([1, 2], [0, 0], ["one", "two"])
     second.score([1], [0], ["four"])

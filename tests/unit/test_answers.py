@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ets_engine.answers import MathView, ReferenceView, extract_answer, same_answer
+from ets_engine.answers import MathView, ReferenceView, after_thought, extract_answer, same_answer
 from ets_engine.symbolic import SymbolicProcess
 
 
@@ -16,6 +16,7 @@ from ets_engine.symbolic import SymbolicProcess
     ("text", "answer"),
     [
         (r"\boxed{1} The final answer is $2$. I hope it is correct. The answer is 3.", "2"),
+        (r"the final answer is: $\boxed{\frac{1}{2}}$. I hope it is correct.", r"\frac{1}{2}"),
         (r"#### 4" "\n" r"The answer is 3. So \boxed{1}, no, \boxed{2}, and 9", "2"),
         ("The answer is 3.\n#### 4\n5", "4"),
         ("The answer is 3. The answer is: 5. 7 apples", "5"),
@@ -123,6 +124,31 @@ def test_views() -> None:
     assert view.answer(problem, "19-4=15 left 6 10 15\n6*10=60 left 15 60\n60/15=4") == "(10*6)/(19-4)"
     assert view.answer(problem, "who knows") is None
     assert view.same("4+6", "4+6") and not view.same("4+6", "6+4")
+
+
+@pytest.mark.parametrize(
+    ("text", "in_thought", "said"),
+    [
+        ("It is 2.", False, "It is 2."),
+        ("It is 2.", True, None),
+        ("<think>\nIs it 5?", False, None),
+        ("<think>\nIs it 5?\n</think>\n\nIt is 2.", False, "\n\nIt is 2."),
+        ("Is it 5?\n</think>\n\nIt is 2.", True, "\n\nIt is 2."),
+        ("<think>5?</think>Or<think>6?</think>2", True, "2"),
+        ("<think>5?</think>Or<think>6?", False, None),  # opened again
+        ("<think>5?</think>", False, ""),
+    ],
+)
+def test_what_is_said_after_thoughts(text: str, in_thought: bool, said: str | None) -> None:
+    assert after_thought(text, in_thought) == said
+    view = MathView(in_thought)
+    assert view.answer("1+1?", text) == (None if said is None else extract_answer(said))
+
+
+def test_a_mark_of_steps_is_no_part_of_an_answer() -> None:
+    text = "Step 1: It is 2. The answer is: 2 ки"
+    assert MathView(step_mark="ки").answer("1+1?", text) == "2" and MathView().answer("1+1?", text) == "2 ки"
+    assert MathView() == MathView(False, None)
 
 
 def test_any_thread_may_ask() -> None:

@@ -20,6 +20,7 @@ from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError, EngineClosedError, EngineError, ProtocolError
 from ets_engine.hosted import HostedEngine, ProposalRequest, cut_step
 from ets_engine.protocols import SearchService
+from ets_engine.results import counted_kv
 from ets_engine.search import Beam
 from ets_engine.services import register_service
 from ets_engine.testing import hash_score
@@ -123,6 +124,44 @@ def test_the_proposer_is_told_everything(made: Make) -> None:
     written = {node.id: node.text for node in result.trace}
     assert set(requests[1].partials) <= {written[node.id] for node in result.trace if node.depth == 1}
     assert result.prompt_tokens == len("Be brief." + PROBLEM) and result.problem == PROBLEM
+
+
+def test_the_proposer_is_told_of_the_tree_and_gets_its_own_steps_back(made: Make) -> None:
+    requests: list[ProposalRequest] = []
+    proposed: dict[int, Step] = {}
+
+    def propose(request: ProposalRequest) -> list[Step]:
+        requests.append(request)
+        steps = invent(request)
+        proposed.update(zip(request.children, steps, strict=True))
+        return steps
+
+    result = made(propose).search(PROBLEM, small(max_tokens=100))
+    assert result.trace is not None
+    assert [node for request in requests for node in request.children] == [node.id for node in result.trace[1:]]
+    assert [node for request in requests for node in request.parents] == [node.parent for node in result.trace[1:]]
+    for request in requests:
+        for path, partial, parent, left in zip(
+            request.paths, request.partials, request.parents, request.tokens_left, strict=True
+        ):
+            assert "".join(step.text for step in path) == partial
+            assert left == 100 - 3 * len(path)
+            assert parent == 0 or path[-1] is proposed[parent]
+
+
+def test_a_subclass_may_count_prompts_and_kv() -> None:
+    class Counts(HostedEngine):
+        def count_prompt(self, messages: Any, tools: Any = ()) -> int:
+            return 7
+
+        def count_kv(self, tree: Any) -> Any:
+            return counted_kv(tree)
+
+    with Counts(invent, judge, name="counts") as engine:
+        result = engine.search(PROBLEM, small(strategy="best_of_n", width=2))
+    assert result.kv is not None and result.prompt_tokens == 7
+    assert (result.kv.peak_tokens, result.kv.mean_tokens) == (7 + 2 * 9, 7 + 2 * 6)
+    assert (result.kv.unique_tokens, result.kv.path_tokens) == (7 + 2 * 9, 2 * (7 + 9))
 
 
 def test_a_greedy_search_asks_for_temperature_0(made: Make) -> None:

@@ -7,6 +7,7 @@ import pytest
 from ets_engine.attention.reference import visible_slots
 from ets_engine.errors import ConfigError
 from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree, Row
+from ets_engine.kv.layout import Segment, TreeLayout
 
 
 def small_tree() -> tuple[PrefixTree, int, int, int]:
@@ -41,6 +42,82 @@ def test_sharing_that_saves_too_little_goes_to_the_tails() -> None:
     assert layout.segments == ()
     assert layout.tail_slots[0].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]
     assert visible_slots(layout)[1] == [0, 1, 2, 3, 4, 5, 12]
+
+
+def deep_tree() -> tuple[PrefixTree, list[Row]]:
+    """Prompt [0..5] -> left [8..11], and it goes on; right has 3 tokens of its own; each decodes one more."""
+    tree, _, left, right = small_tree()
+    tree.append(left, 2)
+    leaf = tree.fork(left)
+    for node, count in ((leaf, 1), (right, 4)):
+        tree.append(node, count)
+    return tree, [Row(leaf, 0, 1), Row(right, 3, 1)]
+
+
+def readable(segment: Segment) -> tuple[list[int] | None, slice | list[int], list[int] | None]:
+    """A segment's queries, slots and hidden tokens as plain values."""
+    queries, slots, hidden = segment.queries, segment.slots, segment.hidden
+    return (
+        None if queries is None else queries.tolist(),
+        slots if isinstance(slots, slice) else slots.tolist(),
+        None if hidden is None else hidden.tolist(),
+    )
+
+
+def test_a_window_leaves_out_the_unseen_and_cuts_what_some_see() -> None:
+    """Paths of 11 and 10 tokens; the queries are at positions 10 and 9, left's tokens at 6 to 9."""
+    tree, rows = deep_tree()
+    layout = LayoutBuilder(tree, min_saved_tokens=0, windows=[2, 5, 6, 7, 10, 11]).build(rows)
+    assert [readable(one) for one in layout.segments] == [(None, slice(0, 6), None), ([0], slice(8, 12), None)]
+
+    def seen(window: int) -> tuple[list[object], list[list[int]], int]:
+        view: TreeLayout = layout.within(window)
+        return [readable(one) for one in view.segments], view.tail_slots.tolist(), view.distinct_tokens
+
+    assert seen(11)[0] == [(None, slice(0, 6), None), ([0], slice(8, 12), None)], "wholly inside"
+    assert seen(10)[0][0] == (None, slice(0, 6), [1, 0]), "cut for the one, whole for the other"
+    assert seen(7)[0][0] == (None, slice(3, 6), [1, 0]), "first what neither sees is left out"
+    assert seen(6)[0][0] == (None, slice(4, 6), [1, 0])
+    assert seen(5) == ([([1], slice(5, 6), None), ([0], slice(8, 12), None)], [[12, 12, 12, 12], [16, 17, 18, 19]], 10)
+    assert seen(2) == ([([0], slice(11, 12), None)], [[12, 12], [18, 19]], 4), "the prompt lies outside"
+
+
+def test_a_window_cuts_tails_with_gaps_by_path_position() -> None:
+    """Tokens too few to pay as a segment stay in the tail, before a segment that pays: positions tell, not places."""
+    tree = PrefixTree(KVPool([LayerShape(1, 8)], page_tokens=4))
+    prompt = tree.root()
+    tree.append(prompt, 2)
+    middle = tree.fork(prompt)
+    tree.append(middle, 8)
+    leaves = [tree.fork(middle), tree.fork(middle), tree.fork(prompt)]
+    for leaf in leaves:
+        tree.append(leaf, 1)
+    rows = [Row(leaf, 0, 1) for leaf in leaves]
+    layout = LayoutBuilder(tree, min_saved_tokens=8, windows=[3, 10]).build(rows)
+    assert [readable(one)[:2] for one in layout.segments] == [([0, 1], slice(4, 12))]
+    assert layout.tail_slots.tolist() == [[0, 1, 12], [0, 1, 16], [0, 1, 20]]
+    assert visible_slots(layout.within(10)) == [[*range(4, 12), 1, 12], [*range(4, 12), 1, 16], [0, 1, 20]]
+    assert visible_slots(layout.within(3)) == [[10, 11, 12], [10, 11, 16], [0, 1, 20]]
+
+
+def test_a_window_longer_than_all_paths_costs_nothing() -> None:
+    tree, rows = deep_tree()
+    layout = LayoutBuilder(tree, windows=[11, 12]).build(rows)
+    assert layout.within(11).tail_slots is layout.tail_slots and layout.within(11).segments is layout.segments
+    with pytest.raises(KeyError):
+        layout.within(5)
+
+
+def test_a_prompts_chunks_through_a_window() -> None:
+    tree = PrefixTree(KVPool([LayerShape(1, 8)], page_tokens=4))
+    prompt = tree.root()
+    tree.append(prompt, 12)
+    builder = LayoutBuilder(tree, windows=[4])
+    first, second = (builder.build([Row(prompt, start, stop - start)]).within(4) for start, stop in ((0, 4), (4, 12)))
+    assert first.tail_causal and first.tail_bias is None
+    assert [readable(one) for one in second.segments] == [([0, 1, 2], slice(1, 4), [0, 1, 2])]
+    assert not second.tail_causal and second.tail_slots.tolist() == [list(range(4, 12))]
+    assert visible_slots(second) == [list(range(last - 3, last + 1)) for last in range(4, 12)]
 
 
 def test_ragged_rows_are_padded_and_mapped_back() -> None:
@@ -92,17 +169,18 @@ def test_grown_layouts_equal_layouts_built_afresh() -> None:
     """Decoding reuses the last plan; 40 tokens pass page ends and the growth of the tail array."""
     tree, prompt, left, right = small_tree()
     third = tree.fork(prompt)
-    builder = LayoutBuilder(tree, min_saved_tokens=6)
+    builder = LayoutBuilder(tree, min_saved_tokens=6, windows=[9])
     for step in range(40):
         rows = [Row(leaf, tree.num_tokens(leaf), 1) for leaf in ((left, right, third) if step < 20 else (third, left))]
         for row in rows:
             tree.append(row.handle, 1)
-        grown, fresh = builder.build(rows), LayoutBuilder(tree, min_saved_tokens=6).build(rows)
-        assert grown.tail_blocks == fresh.tail_blocks
-        for name in ("position_ids", "write_slots", "tail_slots", "last_index"):
-            assert getattr(grown, name).tolist() == getattr(fresh, name).tolist(), (step, name)
-        assert visible_slots(grown) == visible_slots(fresh)
-        assert grown.distinct_tokens == fresh.distinct_tokens
+        whole = builder.build(rows), LayoutBuilder(tree, min_saved_tokens=6, windows=[9]).build(rows)
+        for grown, fresh in (whole, [one.within(9) for one in whole]):
+            assert grown.tail_blocks == fresh.tail_blocks
+            for name in ("position_ids", "write_slots", "tail_slots", "last_index"):
+                assert getattr(grown, name).tolist() == getattr(fresh, name).tolist(), (step, name)
+            assert visible_slots(grown) == visible_slots(fresh)
+            assert grown.distinct_tokens == fresh.distinct_tokens
 
 
 def test_a_plan_that_was_being_grown_when_something_failed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

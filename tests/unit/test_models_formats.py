@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from ets_engine.errors import ConfigError
-from ets_engine.models import PolicyFormat, PrmFormat
+from ets_engine.models import PolicyFormat, TrlFormat
 from ets_engine.models.formats import begin_ids, encode
 
 PIECES = Regex(r" ?[A-Za-z]+|\d|[^A-Za-z\d]")  # a word with its space, one digit, one other character
@@ -49,7 +49,7 @@ QUESTION_IDS = ids("What", " is", " ", "1", "+", "1", "?")
 
 def test_a_plain_prompt_is_a_line_after_one_begin_token() -> None:
     format = PolicyFormat.of(words(), eos_ids=frozenset({2}))
-    assert (format.prompt, format.boundaries, format.max_step_tokens) == ("line", ("\n\n",), None)
+    assert (format.preset.name, format.is_chat, format.max_step_tokens) == ("plain", False, None)
     assert format.prompt_ids(QUESTION) == [*ids("<bos>"), *QUESTION_IDS, *ids("\n")]
     assert format.prompt_ids(f"  {QUESTION}\n") == format.prompt_ids(QUESTION)
 
@@ -61,7 +61,7 @@ def test_a_tokenizer_without_a_begin_token_gets_none() -> None:
 def test_a_chat_prompt_is_one_user_turn() -> None:
     tokenizer = words(template=TEMPLATE)
     format = PolicyFormat.of(tokenizer, eos_ids=frozenset({2}))
-    assert format.prompt == "chat"
+    assert format.is_chat
     expected = [*ids("<bos>", "user", "\n"), *QUESTION_IDS, *ids("<eos>", "\n", "bot", "\n")]
     assert format.prompt_ids(QUESTION) == expected, "the template's begin token is the only one"
     assert expected == tokenizer.apply_chat_template(
@@ -70,8 +70,8 @@ def test_a_chat_prompt_is_one_user_turn() -> None:
 
 
 def test_the_prm_reads_steps_and_separators() -> None:
-    format = PrmFormat(words())
-    assert (format.separator, format.right) == ("\n", 1)
+    format = TrlFormat(words())
+    assert format.separator == "\n"
     assert format.root_ids(QUESTION) == [*ids("<bos>"), *QUESTION_IDS, *ids("\n")]
     step = ids("So", " it", " is", " ", "2", "\n")
     assert (
@@ -81,20 +81,20 @@ def test_the_prm_reads_steps_and_separators() -> None:
 
 
 def test_the_mark_is_the_last_id_of_the_separator() -> None:
-    format = PrmFormat(words(), separator="\n\n.")
+    format = TrlFormat(words(), separator="\n\n.")
     assert format.step_ids("So")[-3:] == ids("\n", "\n", ".")
 
 
 def test_a_separator_without_a_token_is_refused() -> None:
     with pytest.raises(ConfigError, match="separator"):
-        PrmFormat(pairs(), separator="#")
+        TrlFormat(pairs(), separator="#")
 
 
 def test_pieces_are_never_merged() -> None:
     """Whole texts tokenise to something else; PRMs in TRL's layout were trained on pieces."""
     tokenizer = pairs()
     assert encode(tokenizer, "a.\n") == [0, 3]
-    format = PrmFormat(tokenizer)
+    format = TrlFormat(tokenizer)
     assert format.step_ids("a.") == [0, 1, 2]
     whole = [*format.root_ids("a"), *format.step_ids("a."), *format.step_ids("a")]
     assert whole == [0, 2, 0, 1, 2, 0, 2]
@@ -102,6 +102,6 @@ def test_pieces_are_never_merged() -> None:
 
 def test_a_path_of_steps_is_what_the_shipped_prm_was_trained_on() -> None:
     tokenizer = words()
-    format = PrmFormat(tokenizer)
+    format = TrlFormat(tokenizer)
     pieces = [format.root_ids(QUESTION), *map(format.step_ids, ["So it is 2\n", "So is 2"])]
     assert [*itertools.chain(*pieces)] == tokenizer(f"{QUESTION}\nSo it is 2\nSo is 2\n")["input_ids"]

@@ -1,4 +1,4 @@
-"""Verifiers that are functions: what they are called with, and that a step they cannot judge costs only its branch."""
+"""Verifiers that are functions, alone and combined: what they are asked, and that a failure costs only its branch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from ets_engine.config import SearchConfig, Strategy
-from ets_engine.scorers import BatchScorer, CallableVerifier, EqualVerifier
+from ets_engine.errors import ConfigError, ProtocolError
+from ets_engine.scorers import (
+    BatchScorer,
+    CallableVerifier,
+    Ensemble,
+    EqualVerifier,
+    EvidenceScorer,
+    OutcomeScorer,
+    StepEvidence,
+    StepScorer,
+)
 from ets_engine.search import Beam, BestOfN, needs_scores, run, search
 from ets_engine.testing import FakePolicy
 from ets_engine.types import Step, StopReason
@@ -160,3 +170,146 @@ def test_what_needs_no_scores_is_the_same_whatever_they_are(seed: int) -> None:
             for verifier in (EqualVerifier(), CallableVerifier(lambda _, steps: len(steps[-1]) % 7 / 7, ""))
         ]
         assert texts[0] == texts[1] and len(texts[0]) > 1
+
+
+# ---------------------------------------------------------------------- combined
+
+
+def says(score: float) -> StepScorer:
+    return lambda problem, steps: score
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "expected"),
+    [
+        ((0.2, 0.8), {}, 0.5),
+        ((0.2, 0.8), {"weights": (3, 1)}, 0.35),
+        ((0.2, 0.8), {"weights": (0, 0.5)}, 0.8),
+        ((0.2, 0.8, 0.5), {"combine": "min"}, 0.2),
+        ((0.2, 0.8, 0.5), {"combine": "prod"}, 0.08),
+        ((1.0,) * 10, {"weights": (0.1,) * 10}, 1.0),
+        ((0.3,), {"combine": "prod"}, 0.3),
+    ],
+)
+def test_an_ensemble_by_hand(scores: tuple[float, ...], options: dict[str, Any], expected: float) -> None:
+    (found,) = Ensemble(*map(says, scores), **options).score_many("1+1?", [["a"]])
+    assert found == pytest.approx(expected) and found <= 1.0
+
+
+def test_an_ensemble_asks_batch_scorers_once_and_functions_per_step() -> None:
+    batch = Batch(lambda text: len(text) / 10)
+    asked: list[Sequence[str]] = []
+
+    def judge(problem: str, steps: Sequence[str]) -> float:
+        asked.append(steps)
+        return 1.0
+
+    paths = [["a"], ["a", "bbb"], ["cc"]]
+    assert Ensemble(batch, judge, combine="min").score_many("1+1?", paths) == [0.1, 0.3, 0.2]
+    assert batch.asked == [("1+1?", [("a",), ("a", "bbb"), ("cc",)])] and asked == paths
+
+
+@pytest.mark.parametrize("combine", ["mean", "min", "prod"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_who_is_not_judged_by_all_is_not_judged(combine: Any, place: int, caplog: pytest.LogCaptureFixture) -> None:
+    def judge(problem: str, steps: Sequence[str]) -> float:
+        if steps[-1] == "bad":
+            raise ZeroDivisionError(steps[-1])
+        return math.nan if steps[-1] == "unknown" else 0.5
+
+    scorers = [judge, says(0.5)]
+    ensemble = Ensemble(scorers[place], scorers[1 - place], combine=combine)
+    with caplog.at_level(logging.WARNING):
+        scores = ensemble.score_many("1+1?", [["good"], ["bad"], ["unknown"], ["bad"]])
+    assert [math.isnan(score) for score in scores] == [False, True, True, True]
+    (record,) = caplog.records
+    assert record.getMessage() == "a scorer failed on 2 of 4 steps, first on 'bad': ZeroDivisionError('bad')"
+
+
+def test_a_scorer_that_is_away_fails_all_steps_of_an_ensemble(caplog: pytest.LogCaptureFixture) -> None:
+    away = Whole(RuntimeError("the judge is away"))
+    assert all(map(math.isnan, Ensemble(says(0.5), away).score_many("1+1?", [["a"], ["b"]])))
+    assert "the judge is away" in caplog.records[0].getMessage()
+
+
+def test_a_score_out_of_range_is_not_hidden_in_a_mean() -> None:
+    verifier = CallableVerifier(Ensemble(says(1.5), says(0.1)), "1+1?")
+    with pytest.raises(ProtocolError, match=r"1\.5 .* scores lie in"):
+        run(search(SearchConfig(strategy="rebase", width=2)), FakePolicy(), verifier)
+
+
+def test_an_ensemble_in_a_search_equals_its_only_member() -> None:
+    config = SearchConfig(strategy="rebase", width=6)
+
+    def judge(problem: str, steps: Sequence[str]) -> float:
+        return len("".join(steps)) % 7 / 7
+
+    trees = [
+        run(search(config), FakePolicy(seed=5), CallableVerifier(scorer, "1+1?")).nodes
+        for scorer in (judge, Ensemble(judge), Ensemble(judge, Ensemble(judge, judge, combine="min")))
+    ]
+    assert trees[0] == trees[1] == trees[2] and len(trees[0]) > 6
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (0, {}, r"scorers=\(\): an ensemble needs at least one"),
+        (2, {"combine": "max"}, "combine='max': use one of mean, min, prod"),
+        (2, {"weights": (1,)}, "one finite weight >= 0 per scorer"),
+        (2, {"weights": (1, -1)}, "one finite weight >= 0 per scorer"),
+        (2, {"weights": (1, math.inf)}, "one finite weight >= 0 per scorer"),
+        (2, {"weights": (0, 0)}, "not all 0"),
+        (2, {"weights": (1, 1), "combine": "min"}, "combine='mean' takes"),
+    ],
+)
+def test_ensembles_that_make_no_sense_are_refused(count: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Ensemble(*[says(0.5)] * count, **options)
+
+
+def test_an_outcome_scorer_is_asked_about_finished_solutions_only() -> None:
+    batch = Batch(lambda text: 0.25)
+    scorer = OutcomeScorer(batch, lambda text: text.endswith("so 4."), neutral=0.75)
+    paths = [["add"], ["add ", "so 4."], ["add ", "so"], ["so ", "4."]]
+    assert scorer.score_many("2+2?", paths) == [0.75, 0.25, 0.75, 0.25]
+    assert batch.asked == [("2+2?", [("add ", "so 4."), ("so ", "4.")])], "the whole text decides"
+    assert OutcomeScorer(batch, lambda text: False).score_many("2+2?", paths) == [0.5] * 4
+    assert len(batch.asked) == 1
+
+
+def test_an_outcome_scorer_that_fails_costs_the_finished_branch(caplog: pytest.LogCaptureFixture) -> None:
+    scorer = OutcomeScorer(Whole(RuntimeError("no sandbox")), lambda text: text == "done")
+    unfinished, finished = scorer.score_many("2+2?", [["add"], ["done"]])
+    assert unfinished == 0.5 and math.isnan(finished)
+    assert "no sandbox" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("neutral", [-0.1, 1.1, math.nan])
+def test_a_neutral_score_out_of_range_is_refused(neutral: float) -> None:
+    with pytest.raises(ConfigError, match=r"neutral=.*: scores lie in \[0, 1\]"):
+        OutcomeScorer(says(0.5), bool, neutral=neutral)
+
+
+def test_what_reads_evidence_is_refused_where_there_is_only_text() -> None:
+    class Sure:
+        needs_certainty = False
+
+        def score_evidence(self, paths: Sequence[Sequence[StepEvidence]]) -> list[float]:
+            return [1.0] * len(paths)
+
+    assert isinstance(Sure(), EvidenceScorer) and not isinstance(says(0.5), EvidenceScorer)
+    check_refused(Sure(), "reads what the policy computes as it writes, not text")
+
+
+def test_what_is_no_scorer_is_refused() -> None:
+    check_refused("logprob", "verifier='logprob' is no function of problem and steps, and has no score_many")
+
+
+def check_refused(scorer: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CallableVerifier(scorer, "1+1?")
+    with pytest.raises(ConfigError, match=message):
+        Ensemble(says(0.5), scorer)
+    with pytest.raises(ConfigError, match=message):
+        OutcomeScorer(scorer, bool)

@@ -228,3 +228,133 @@ def test_final_texts_are_cut_where_a_search_in_the_whole_text_finds_them(
                 return
         written += finder.text(recent, ids[start:stop])
     assert end is None and written == text
+
+
+# ---------------------------------------------------------------------- strings that begin a step, and other boundaries
+
+
+@pytest.mark.parametrize(
+    ("openers", "carry", "text", "expected"),
+    [
+        (("## Step",), "", "## Step 1: add", None),  # its own
+        (("## Step",), "", "\n\n## Step 1: add", None),
+        (("## Step",), "", "so ## Step", ("so ", "## Step")),
+        (("## Step",), "## Step", " 1: add\n## Step", ("## Step 1: add\n", "## Step")),
+        (("\n## Step",), "", "x ## Step\n## Step", ("x ## Step", "\n## Step")),  # only at the start of a line
+        (("\n## Step",), "\n## Step", " 2\n## Step", ("\n## Step 2", "\n## Step")),
+        (("Step", "## Step"), "", "## Step 1", None),  # the longer one opens this step
+        (("Wait", "But"), "", "x But Wait", ("x ", "But Wait")),  # the first of several
+        (("##",), "##", "##", ("##", "##")),
+        (("Step",), "", "  ", None),
+    ],
+)
+def test_a_step_ends_where_the_next_one_begins(
+    openers: tuple[str, ...], carry: str, text: str, expected: tuple[str, str] | None
+) -> None:
+    tokenizer = byte_level()
+    finder, rules = StopFinder(tokenizer), StopRules((), max_step_tokens=100, openers=openers)
+    recent, tokens = tokenizer.encode(carry), tokenizer.encode(text)
+    reason = finder.reason(rules, recent, tokens, 100, 100, carry)
+    assert reason is (None if expected is None else StopReason.BOUNDARY)
+    assert finder.split(rules, recent, tokens, carry) == (expected or (carry + text, ""))
+
+
+def test_a_step_ends_where_a_function_says_so() -> None:
+    asked: list[str] = []
+
+    def is_over(text: str) -> bool:
+        asked.append(text)
+        return text.endswith("one")
+
+    finder, rules = StopFinder(Words()), StopRules((), max_step_tokens=100, is_over=is_over)
+    for tokens, expected in (([2], None), ([2, 0], None), ([2, 0, 1], StopReason.BOUNDARY)):
+        assert finder.reason(rules, [], tokens, 100) is expected
+    assert asked == ["\nStep", "\nStep one"], "blank lines alone are no step"
+    assert finder.reason(rules, [], [0, 1], 2, carry="x") is StopReason.BOUNDARY and asked[-1] == "xStep one"
+
+
+def test_a_function_that_raises_fails_its_step_alone() -> None:
+    finder, rules = StopFinder(Words()), StopRules(is_over=lambda text: bool(1 / 0))
+    assert finder.reason(rules, [], [0], 100) is StopReason.ERROR
+    assert finder.reason(StopRules(), [], [0], 100) is None
+
+
+def test_text_is_decoded_only_where_the_newest_token_may_end_a_step() -> None:
+    class Counting(Words):
+        decoded = 0
+
+        def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+            self.decoded += len(token_ids) > 1
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    tokenizer = Counting()
+    finder, rules = StopFinder(tokenizer), StopRules(("\n\n",), max_step_tokens=100, openers=("nStep one",))
+    for count in range(1, 50):
+        finder.reason(rules, [4, 4], [4] * count, 100)
+    assert tokenizer.decoded == 0
+    assert finder.reason(rules, [4, 4], [3, 0, 1], 100) is StopReason.BOUNDARY and tokenizer.decoded > 0
+
+
+def long_lines(text: str) -> bool:
+    return len(text.splitlines()[-1]) >= 4
+
+
+BOUNDARIES = {
+    "ends": {"strings": ("\n", "b\u00e9")},
+    "begins": {"strings": (), "openers": ("\nab", "\u4e2d", "ba")},
+    "both": {"strings": ("\n\n",), "openers": ("\u00e9a", "\nb")},
+    "every so many tokens": {"strings": (), "max_step_tokens": 3},
+    "a function": {"strings": (), "is_over": long_lines},
+    "all": {"strings": ("\n",), "openers": ("ab",), "is_over": long_lines, "max_step_tokens": 7},
+}
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@given(text=st.text(alphabet="ab \n\u00e9\u4e2d", min_size=1, max_size=40))
+def test_texts_of_steps_make_up_the_whole_text_whatever_divides_them(make, boundary: str, text: str) -> None:
+    tokenizer = make()
+    finder, rules = StopFinder(tokenizer), StopRules(**{"max_step_tokens": 1000, **BOUNDARIES[boundary]})
+    recent, ids = tokenizer.encode("ab"), tokenizer.encode("ab" + text)
+    steps, tokens, carry = list[str](), list[int](), ""
+    for token in ids[len(recent) :]:
+        tokens.append(token)
+        if finder.reason(rules, recent, tokens, 1000, 1000, carry) is StopReason.BOUNDARY:
+            step, carry = finder.split(rules, recent, tokens, carry)
+            steps.append(step)
+            recent, tokens = [*recent, *tokens][-CONTEXT_TOKENS:], []
+    steps.append(carry + finder.text(recent, tokens))
+    assert "".join(steps) == text
+    for step in steps:
+        own = max((len(opener) for opener in rules.openers if step.lstrip().startswith(opener)), default=0)
+        inside = step.lstrip()[max(own, 1) :]
+        assert not any(opener in inside for opener in rules.openers), "an opener begins a step"
+    if "max_step_tokens" not in BOUNDARIES[boundary]:
+        assert all(step.strip() for step in steps[:-1]), "blank lines alone are no step"
+
+
+@pytest.mark.parametrize(
+    ("stop", "carry", "tokens", "num_written", "expected"),
+    [
+        ("Step one", "Step", [1], 1, ""),  # begins in what the step before carries over
+        ("one", "Step", [1], 1, "Step "),
+        ("xStep", "Step", [1], 2, None),  # ended before the step
+        ("p one", "Step", [1], 1, "Ste"),
+        ("zzz", "Step", [1], 1, None),
+    ],
+)
+def test_final_texts_cut_what_was_carried_over_too(
+    stop: str, carry: str, tokens: list[int], num_written: int, expected: str | None
+) -> None:
+    finder, rules = StopFinder(Words()), finals(stop, strings=(), openers=("Step",))
+    assert finder.cut(rules, [4, 0], tokens, num_written, carry) == expected
+    finishes = finder.reason(rules, [4, 0], tokens, 100, num_written, carry) is StopReason.FINISHED
+    assert finishes == (expected is not None)
+
+
+def test_an_opener_longer_than_the_tokens_decoded_along_is_cut_too() -> None:
+    tokenizer = byte_level()
+    opener = "Alternatively, "
+    recent = tokenizer.encode(opener)[-CONTEXT_TOKENS:]
+    finder, rules = StopFinder(tokenizer), finals("natively, a", strings=(), openers=(opener,))
+    assert finder.cut(rules, recent, tokenizer.encode("a"), 50, opener) == "Alter"

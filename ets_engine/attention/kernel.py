@@ -1,0 +1,260 @@
+"""Tree attention on a GPU, in Triton: every tile of a work list, then one merge of what several tiles left behind.
+
+A tile stacks its queries with all their heads of one KV head and walks over a stretch of slots with an online softmax,
+so K/V is read once for all queries below it, and once for a whole group of heads (GQA). The slots of a stretch are
+arbitrary; the heads of one slot lie side by side in the cache, and the programs of a tile's KV heads run side by side.
+Sums are fp32, products of fp32 are too (three TF32 products each). No atomics: the same input gives the same bits.
+
+Where it stands: the logic runs in Triton's interpreter, and all variants compile for NVIDIA GPUs of compute capability
+8.0 and higher; block sizes and pipeline depths are chosen from their registers and shared memory, not from timings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, MutableMapping
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ets_engine.attention.work import WorkList, plan_work
+
+if TYPE_CHECKING:
+    from ets_engine.attention.api import AttentionLayout
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2E = tl.constexpr(1.4426950408889634)  # the softmax is in powers of two
+MERGED_AT_ONCE = 8  # partial results
+SHARED_BYTES_OF_DEEP = 160 << 10  # of a block on GPUs that hold three stages of K/V: A100 (163 kB), H100 (227 kB)
+
+
+class Launch(NamedTuple):
+    """How tiles of one height run: slots at a time, warps, and blocks of K/V in flight."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tree_attention_triton(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    layout: AttentionLayout,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    works: MutableMapping[Hashable, WorkList] | None,
+) -> torch.Tensor:
+    """See `tree_attention`."""
+    if query.device.type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f"the kernel needs a CUDA device, the query is on {query.device}; use implementation='eager', or set "
+            "TRITON_INTERPRET=1 before triton is imported"
+        )
+    heads, dim = query.shape[1:]
+    if query.dtype not in DTYPES or cache.dtype != query.dtype or not 8 <= dim <= 256:
+        raise ValueError(
+            f"the kernel knows fp16, bf16 and fp32, the same for query and cache, and head dims of 8 to 256; got "
+            f"{query.dtype}, {cache.dtype} and {dim}; use implementation='eager'"
+        )
+    if not cache.is_contiguous() or cache.device != query.device:
+        raise ValueError("the kernel reads a contiguous cache on the query's device; use implementation='eager'")
+    group = heads // cache.shape[2]
+    tallest = heights(dim, query.dtype)
+    key = (id(layout), group, tallest, cache.shape[2])
+    work = None if works is None else works.get(key)
+    if work is None:
+        tiles_wanted = -(-4 * _processors(query.device) // cache.shape[2])
+        work = plan_work(layout, group=group, tiles_wanted=tiles_wanted, heights=tallest).to(query.device)
+        if works is not None:
+            works[key] = work
+    return run_work(query, cache, work, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def run_work(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    work: WorkList,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launch the kernels on a work list that lies on the query's device; arguments as in `tree_attention`.
+
+    The launches depend on shapes and on `work.shape` alone and wait for nothing, so they can be captured in a CUDA
+    graph and replayed on new contents of the same tensors.
+    """
+    heads, dim = query.shape[1:]
+    query = query.contiguous()
+    output = torch.empty_like(query)
+    partial = query.new_empty((max(work.partials, 1), heads, dim), dtype=torch.float32)
+    lse = query.new_empty((max(work.partials, 1), heads), dtype=torch.float32)
+    block_d = max(16, 1 << (dim - 1).bit_length())
+    sizes: dict[str, Any] = {
+        "KV_HEADS": cache.shape[2],
+        "GROUP": heads // cache.shape[2],
+        "DIM": dim,
+        "BLOCK_D": block_d,
+    }
+    with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
+        for part in work.parts:
+            how = launch(part.height, block_d, query.dtype.itemsize, _shared_bytes(query.device))
+            options: dict[str, Any] = {"BLOCK_M": part.height, "BLOCK_N": how.block_n}
+            options |= {"num_warps": how.num_warps, "num_stages": how.num_stages}
+            lists = work.tiles(part), work.entries, work.slots
+            grid = (len(lists[0]) * cache.shape[2],)
+            _attend[grid](query, cache, output, partial, lse, *lists, sinks, scale, softcap, **sizes, **options)
+        if work.merge_count:
+            options = {"DIM": dim, "BLOCK_D": block_d, "BLOCK_P": MERGED_AT_ONCE, "num_warps": block_d // 128 or 1}
+            _merge[(work.merge_count * heads,)](output, partial, lse, work.merges, sinks, HEADS=heads, **options)
+    return output
+
+
+def heights(dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Rows of tiles, ascending, that a head dim leaves registers for; fp32 needs twice as many and more."""
+    if dtype.itemsize == 2:
+        return (16, 64, 128) if dim <= 128 else (16, 64)
+    return (16, 64) if dim <= 64 else (16, 32) if dim <= 128 else (16,)
+
+
+def launch(height: int, block_d: int, itemsize: int, shared_bytes: int) -> Launch:
+    """How tiles of one height run: what compiles with few or no spills and fits a multiprocessor's shared memory."""
+    row_bytes = itemsize * block_d  # of one key
+    block_n = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    num_warps = 8 if height == 128 or height * block_d >= 64 * 256 or row_bytes > 512 else 4
+    return Launch(block_n, num_warps, 3 if shared_bytes >= SHARED_BYTES_OF_DEEP else 2)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device."""
+    return not isinstance(_attend, triton.runtime.JITFunction)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SHARED_BYTES_OF_DEEP
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@triton.jit
+def _attend(
+    query,  # [T, H, D]
+    cache,  # [S, 2, K, D]
+    output,  # [T, H, D]
+    partial,  # [P, H, D] fp32, outputs of tiles whose queries have several
+    lse,  # [P, H] fp32, their log-sum-exp (base 2)
+    tiles,  # [N, 4]
+    entries,  # [E, 4]
+    slots,  # [U]
+    sinks,  # [H] or None
+    scale,
+    softcap,  # or None
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile = tiles + tl.program_id(0) // KV_HEADS * 4
+    kv_head = tl.program_id(0) % KV_HEADS
+    begin, end, first_entry, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    row = tl.arange(0, BLOCK_M)
+    real = row // GROUP < count
+    entry = entries + (first_entry + row // GROUP) * 4
+    head = kv_head * GROUP + row % GROUP
+    which = tl.load(entry, mask=real, other=0).to(tl.int64)
+    first = tl.load(entry + 1, mask=real, other=0)
+    stop = tl.minimum(tl.load(entry + 2, mask=real, other=0), end)
+    target = tl.load(entry + 3, mask=real, other=0).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    inside = dim < DIM
+    place = (which * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
+    q = tl.load(query + place, mask=real[:, None] & inside[None, :], other=0.0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        exists = column < end
+        slot = tl.load(slots + column, mask=exists, other=0).to(tl.int64)
+        there = cache + (slot * (2 * KV_HEADS) + kv_head)[:, None] * DIM + dim[None, :]
+        readable = exists[:, None] & inside[None, :]
+        keys = tl.load(there, mask=readable, other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale
+        if softcap is not None:
+            scores = softcap * (
+                1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap)))
+            )  # cap * tanh(score / cap)
+        seen = (column[None, :] >= first[:, None]) & (column[None, :] < stop[:, None])
+        scores = tl.where(seen, scores * LOG2E, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        level = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may see nothing of its first blocks
+        weights = tl.exp2(scores - level[:, None])
+        fade = tl.exp2(top - level)
+        total = total * fade + tl.sum(weights, 1)
+        values = tl.load(there + KV_HEADS * DIM, mask=readable, other=0.0)
+        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="tf32x3")
+        top = new_top
+    alone = real & (target < 0)  # nothing to merge: straight to the output
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=alone, other=float("-inf")).to(tl.float32) * LOG2E
+        total += tl.exp2(sink - tl.where(alone, top, 0.0))
+    total = tl.where(real, total, 1.0)
+    acc = acc / total[:, None]
+    tl.store(output + place, acc.to(output.dtype.element_ty), mask=alone[:, None] & inside[None, :])
+    several = real & (target >= 0)
+    spot = target * (KV_HEADS * GROUP) + head
+    tl.store(partial + spot[:, None] * DIM + dim[None, :], acc, mask=several[:, None] & inside[None, :])
+    tl.store(lse + spot, top + tl.log2(total), mask=several)
+
+
+@triton.jit
+def _merge(
+    output,  # [T, H, D]
+    partial,  # [P, H, D]
+    lse,  # [P, H]
+    merges,  # [M, 4]
+    sinks,  # [H] or None
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    merge = merges + tl.program_id(0) // HEADS * 4
+    head = tl.program_id(0) % HEADS
+    which, begin, end = tl.load(merge).to(tl.int64), tl.load(merge + 1), tl.load(merge + 2)
+    dim = tl.arange(0, BLOCK_D)
+    inside = dim < DIM
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    if sinks is not None:  # one more partial result, without a value
+        top = tl.load(sinks + head).to(tl.float32) * LOG2E
+        total += 1.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        exists = part < end
+        spot = part.to(tl.int64) * HEADS + head
+        level = tl.load(lse + spot, mask=exists, other=float("-inf"))
+        one = tl.load(partial + spot[:, None] * DIM + dim[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(level, 0))
+        weights = tl.exp2(level - new_top)
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, 0)
+        acc = acc * fade + tl.sum(one * weights[:, None], 0)
+        top = new_top
+    place = output + (which * HEADS + head) * DIM + dim
+    acc = acc / tl.where(end > begin, total, 1.0)
+    tl.store(place, acc.to(output.dtype.element_ty), mask=inside & (end > begin))

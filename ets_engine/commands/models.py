@@ -1,0 +1,167 @@
+"""`ets models` and `ets check`: what a pair of models takes, from published sizes or from loading it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ets_engine.commands.common import EXIT_FAILURE, fail, one_line_errors, option, quiet_libraries
+from ets_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ets_engine.types import EngineDescription, ModelDescription, SearchResult
+
+CHECK_PROBLEM = "What is 12 + 30?"
+CHECK_WIDTH = 4
+CHECK_STEPS = 8
+
+
+def models(
+    width: Annotated[int, option("COUNT", "Trajectories kept alive.", default=16)] = 16,
+    tokens: Annotated[int, option("COUNT", "Tokens of one path, prompt included.", default=1024)] = 1024,
+    sharing: Annotated[
+        float, option("RATIO", "Path tokens per distinct KV token that the last column assumes.", default=3)
+    ] = 3.0,
+) -> None:
+    """List presets, PRM formats, and the memory that known models take at a width, in bfloat16.
+
+    A search needs the weights and the KV of a policy and of a verifier. "KV at most" is with nothing shared.
+
+    Exit codes: 0 listed, 2 bad usage.
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        for name, value, least in (("--width", width, 1), ("--tokens", tokens, 1), ("--sharing", sharing, 1)):
+            if value < least:
+                raise ConfigError(f"{name} {value:g}: give {least} or more")
+        console = Console(highlight=False)
+        console.print(_presets_table())
+        for role in ("policy", "verifier"):
+            console.print(_memory_table(role, width, tokens, sharing))
+
+
+def check(
+    model: Annotated[str, option("NAME", "Model that proposes steps.", default="the shipped one")] = "reference",
+    verifier: Annotated[
+        str | None, option("NAME", "What scores steps: a PRM, or logprob.", default="the shipped model's own")
+    ] = None,
+    device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
+    preset: Annotated[str, option("NAME", "Prompt and step boundaries.", default="as the model shows")] = "auto",
+    verifier_format: Annotated[str, option("NAME", "What the PRM reads.", default="as the model shows")] = "auto",
+    problem: Annotated[
+        str | None, option("TEXT", "What the trial search solves.", default="a sum, or one the shipped models know")
+    ] = None,
+    tokens: Annotated[int, option("COUNT", "Tokens of one path, for the widths that fit.", default=1024)] = 1024,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as one line of JSON.")] = False,
+) -> None:
+    """Load a policy and its verifier, run one small search, and say what was found and which widths fit.
+
+    Exit codes: 0 both work together, 1 they do not, 2 bad usage.
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from ets_engine.config import EngineConfig, SearchConfig
+        from ets_engine.reference import REFERENCE
+        from ets_engine.service import ETSEngine
+
+        quiet_libraries(is_terminal=False)
+        config = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
+        asked = problem or ("Use 1, 3, 7 and 17 to make 22." if model == REFERENCE else CHECK_PROBLEM)
+        with ETSEngine.from_pretrained(model, verifier, config) as engine:
+            found = engine.describe()
+            strategy = "best_of_n" if found.verifier_name is None else "ets"
+            vote = "majority" if found.verifier_name is None else "weighted"
+            search = SearchConfig(strategy=strategy, vote=vote, width=CHECK_WIDTH, max_steps=CHECK_STEPS)
+            result = engine.search(asked, search)
+        if json:
+            typer.echo(found.model_dump_json())
+        else:
+            console = Console(highlight=False)
+            console.print(_found_table(found, tokens))
+            console.print(_trial(result))
+        if result.finish_reason == "error":
+            fail(f"the trial search failed: {result.num_errors} branches with errors", EXIT_FAILURE)
+
+
+def _presets_table() -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from ets_engine.models.presets import PRESETS
+
+    table = Table(title="Presets", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for head in ("preset", "for", "steps"):
+        table.add_column(head, overflow="fold")
+    for one in PRESETS:
+        table.add_row(one.name, one.about, one.boundary.describe())
+    return table
+
+
+def _memory_table(role: str, width: int, tokens: int, sharing: float) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from ets_engine.catalog import KNOWN_MODELS
+    from ets_engine.terminal.words import size
+
+    plural = "Policies" if role == "policy" else "Verifiers"
+    title = f"{plural} at width {width}, paths of {tokens} tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    table.add_column("preset" if role == "policy" else "format")
+    for head in ("weights", "KV a token", "KV at most", f"KV shared {sharing:g} x"):
+        table.add_column(head, justify="right")
+    for one in KNOWN_MODELS:
+        if one.role == role:
+            most, shared = one.kv_bytes(width, tokens), one.kv_bytes(width, tokens, sharing)
+            table.add_row(one.name, one.format, *map(size, (one.weight_bytes, one.token_bytes, most, shared)))
+    return table
+
+
+def _found_table(found: EngineDescription, tokens: int) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for role, one in (("policy", found.policy), ("verifier", found.verifier)):
+        if one is None:
+            table.add_row(role, found.verifier_name or "none: each search brings a function")
+            continue
+        for head, value in _facts(one, tokens).items():
+            table.add_row(f"{role}: {head}", value)
+    table.add_row("embedder", found.embedder)
+    return table
+
+
+def _facts(one: ModelDescription, tokens: int) -> dict[str, str]:
+    from ets_engine.terminal.words import count, size
+
+    tokens = min(tokens, one.context_tokens)
+    width = one.width_that_fits(tokens)
+    return {
+        "model": f"{one.name} ({one.architecture}, {count(one.parameters)} parameters, {one.dtype} on {one.device})",
+        "format": one.format,
+        **one.details,
+        "attention": one.attention,
+        "context": f"{one.context_tokens} tokens",
+        "weights": size(one.weight_bytes),
+        "KV a token": size(one.kv_bytes_per_token),
+        "KV pool": "as memory allows" if one.kv_pool_tokens is None else f"{one.kv_pool_tokens} tokens",
+        "width that fits": "as memory allows" if width is None else f"{width} paths of {tokens} tokens, nothing shared",
+    }
+
+
+def _trial(result: SearchResult) -> str:
+    shared = "" if result.kv is None else f"sharing {result.kv.sharing_ratio:.2f}, "
+    answer = "no answer" if result.answer is None else f"answer {result.answer}"
+    return (
+        f"Trial search: {answer}, {result.trajectories} trajectories finished, best path of {len(result.steps)} steps, "
+        f"{shared}{result.timing.wall_s:.2f} s"
+    )

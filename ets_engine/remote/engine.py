@@ -1,0 +1,201 @@
+"""The engine whose models are served elsewhere, and the one call that makes it from an address."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+
+import httpx
+
+from ets_engine.errors import ConfigError
+from ets_engine.hosted import HostedEngine
+from ets_engine.messages import Message
+from ets_engine.protocols import Embedder, StepView
+from ets_engine.remote.address import Address
+from ets_engine.remote.metrics import ServerMetrics, read_metrics
+from ets_engine.remote.policy import RemotePolicy
+from ets_engine.remote.replicas import Replicas
+from ets_engine.remote.server import ServerError
+from ets_engine.remote.verifier import parse_verifier
+from ets_engine.results import counted_kv
+from ets_engine.scorers import BatchScorer, Scorer
+from ets_engine.search import SearchTree
+from ets_engine.types import KVStats
+
+_DEFAULT_BOUNDARIES = ("\n\n",)
+
+
+class RemoteEngine(HostedEngine):
+    """Searches over a model behind OpenAI-compatible servers; see `connect`.
+
+    Results have KV figures that are counted from the tree (`counted_kv`): what a cache would hold that keeps just the
+    live paths. What the servers' caches really did is in `server_metrics`.
+
+    Args:
+        address: Of the policy.
+        verifier: Judges steps; None = every search brings its own, or is one that no score can change.
+        name: Names both models and what else decides answers, for caches.
+        replicas: Of the policy.
+        policy: Asks them.
+        closes: Called when it closes, the last search having ended.
+        view, embedder, max_concurrent_searches: As in `HostedEngine`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        verifier: Scorer | None,
+        *,
+        name: str,
+        replicas: Replicas,
+        policy: RemotePolicy,
+        closes: Sequence[Callable[[], None]] = (),
+        view: StepView | None = None,
+        embedder: Embedder | None = None,
+        max_concurrent_searches: int = 64,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            policy,
+            verifier,
+            name=name,
+            view=view,
+            embedder=embedder,
+            max_concurrent_searches=max_concurrent_searches,
+            count_tokens=policy.count_tokens,
+        )
+        self.address = address
+        self._replicas = replicas
+        self._policy = policy
+        self._closes = tuple(closes)
+
+    def count_prompt(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
+        """Tokens of a conversation as the model reads it, as exactly as they are known (count).
+
+        Raises:
+            ConfigError: It cannot be put into a prompt; the message says what to pass to `connect`.
+            EngineError: The server cannot be asked.
+        """
+        return self._policy.count_prompt(messages, tools)
+
+    def count_kv(self, tree: SearchTree) -> KVStats:
+        """KV figures counted from the tree."""
+        return counted_kv(tree)
+
+    def server_metrics(self) -> dict[str, ServerMetrics | None]:
+        """Each replica's own prefix-cache figures by its address, None where it has none or does not answer."""
+        found: dict[str, ServerMetrics | None] = {}
+        for server in self._replicas.servers:
+            try:
+                found[server.url] = read_metrics(server.get("^/metrics").text)
+            except ServerError:
+                found[server.url] = None
+        return found
+
+    def close(self) -> None:
+        """Take no more searches, wait for those submitted so far, and close all connections.
+
+        Raises:
+            EngineError: As in `HostedEngine`.
+        """
+        super().close()
+        for close in self._closes:
+            close()
+
+
+def connect(
+    address: str,
+    verifier: Scorer | str | None = None,
+    *,
+    boundaries: Sequence[str] = _DEFAULT_BOUNDARIES,
+    tokenizer: str | None = None,
+    template: str | None = None,
+    api_key_env: str = "OPENAI_API_KEY",
+    timeout_s: float = 120.0,
+    retries: int = 4,
+    max_concurrent_requests: int = 64,
+    max_concurrent_searches: int = 64,
+    view: StepView | None = None,
+    embedder: Embedder | None = None,
+    transport: httpx.BaseTransport | None = None,
+) -> RemoteEngine:
+    """The search service over a model that is served elsewhere; nothing is asked before the first search.
+
+    Args:
+        address: `openai:URL[,URL...]#model`, the URLs being replicas of the same model.
+        verifier: A function or `BatchScorer`; `judge:openai:URL#model`, a chat model that marks steps;
+            `pooling:openai:URL#model`, a PRM behind a pooling endpoint; a PRM to be run here, by folder or hub name or
+            "reference"; None = every search brings its own, or is one that no score can change.
+        boundaries: Texts that end a step.
+        tokenizer: The model's, by folder or hub name, for its chat template; not needed where the server has
+            `/tokenize`, or the model's name is that of a cached or local one.
+        template: For a model without a chat template: a text with `{problem}`, or "plain".
+        api_key_env: Environment variable with the key, which policy and verifier share.
+        timeout_s: Longest wait for one reply.
+        retries: More tries after a failed one (count).
+        max_concurrent_requests: Most requests in flight (count), the verifier's aside.
+        max_concurrent_searches: Searches that run at a time; more wait.
+        view: How texts map to answers.
+        embedder: How differently steps reason; None compares their words.
+        transport: Instead of the network.
+
+    Raises:
+        ConfigError: An address or a setting is wrong.
+        ModelLoadError: A PRM cannot be loaded.
+
+    Example:
+        >>> with connect("openai:http://localhost:8000#Qwen/Qwen2.5-Math-7B-Instruct") as engine:
+        ...     engine.name
+        'openai:http://localhost:8000/v1#Qwen/Qwen2.5-Math-7B-Instruct'
+    """
+    where = Address.parse(address)
+
+    def reach(at: Address) -> Replicas:
+        return Replicas.connect(
+            at,
+            api_key_env=api_key_env,
+            timeout_s=timeout_s,
+            retries=retries,
+            max_concurrent_requests=max_concurrent_requests,
+            transport=transport,
+        )
+
+    scorer, judged_by, closes = _find_verifier(verifier, reach)
+    replicas = reach(where)
+    policy = RemotePolicy(replicas, where.model, boundaries=boundaries, tokenizer=tokenizer, template=template)
+    settings = {"boundaries": tuple(boundaries), "tokenizer": tokenizer, "template": template}
+    usual = {"boundaries": _DEFAULT_BOUNDARIES, "tokenizer": None, "template": None}
+    shown = [f"{key}={value!r}" for key, value in settings.items() if value != usual[key]]
+    return RemoteEngine(
+        where,
+        scorer,
+        name="+".join([where.name, *shown, *([] if judged_by is None else [judged_by])]),
+        replicas=replicas,
+        policy=policy,
+        closes=(replicas.close, *closes),
+        view=view,
+        embedder=embedder,
+        max_concurrent_searches=max_concurrent_searches,
+    )
+
+
+def _find_verifier(
+    verifier: Scorer | str | None, reach: Callable[[Address], Replicas]
+) -> tuple[Scorer | None, str | None, tuple[Callable[[], None], ...]]:
+    """The verifier, its name for caches, and what closes it."""
+    if verifier is None:
+        return None, None, ()
+    if not isinstance(verifier, str):
+        if not (callable(verifier) or isinstance(verifier, BatchScorer)):
+            raise ConfigError(f"verifier={verifier!r:.100}: give a function, a BatchScorer or a name")
+        known = getattr(verifier, "id", None)
+        return verifier, known if isinstance(known, str) else f"object:{uuid.uuid4().hex}", ()
+    served = parse_verifier(verifier)
+    if served is not None:
+        make, at = served
+        name = f"{verifier.partition(':')[0]}:{at.name}"
+        judge = make(reach(at), at.model, id=name)
+        return judge, name, (judge.close,)
+    from ets_engine.models import PrmScorer  # it loads torch
+
+    return PrmScorer.from_pretrained(verifier), verifier, ()

@@ -1,0 +1,209 @@
+"""How a conversation becomes a prompt for a server: token ids where it takes them, else text."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ets_engine.errors import ConfigError, ModelLoadError
+from ets_engine.hosted import estimate_tokens
+from ets_engine.messages import Message, last_user_text
+from ets_engine.remote.capabilities import Capabilities
+from ets_engine.remote.replicas import Replicas
+from ets_engine.remote.server import ServerError
+
+RemotePrompt = str | tuple[int, ...]
+"""What a server is sent: text, or token ids."""
+
+PLAIN = "{problem}\n"
+_PROBLEM = "{problem}"
+_KNOWN_PROMPTS = 512
+_TOKENIZE = "^/tokenize"
+
+
+class PromptWriter:
+    """Writes prompts for one model, in the first of these ways that its server allows; the way is chosen once.
+
+    * a local tokenizer: its chat template, or without one the last user turn on a line of its own;
+    * the server's `/tokenize` (vLLM), which applies the chat template there, or takes the line where there is none;
+    * a tokenizer of the model's own name that lies in the local cache; nothing is downloaded.
+
+    With `template` it is neither: the last user turn in a text of the caller's.
+
+    Args:
+        replicas: Of the model.
+        model: Its name there.
+        capabilities: Of the server.
+        tokenizer: A tokenizer by folder or hub name, None = none was given.
+        template: A text with `{problem}` for a model without a chat template, "plain" = the problem on a line of its
+            own, None = see above.
+
+    Raises:
+        ConfigError: `template` has no place for the problem.
+    """
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        model: str,
+        capabilities: Callable[[], Capabilities],
+        *,
+        tokenizer: str | None = None,
+        template: str | None = None,
+    ) -> None:
+        """See the class."""
+        template = PLAIN if template == "plain" else template
+        if template is not None and _PROBLEM not in template:
+            raise ConfigError(f"template={template!r} has no {_PROBLEM}; write it where the problem goes")
+        self._replicas = replicas
+        self._model = model
+        self._capabilities = capabilities
+        self._tokenizer_name = tokenizer
+        self._template = template
+        self._lock = threading.Lock()
+        self._tokenizer: Any = None
+        self._by_server = False  # whether the server's tokenizer is asked
+        self._is_ready = False
+        self._written: OrderedDict[str, RemotePrompt] = OrderedDict()
+
+    def write(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> RemotePrompt:
+        """The prompt, to be continued by the first step.
+
+        Raises:
+            ConfigError: There is no way to write it, or no place for tools in it; the message says what to pass.
+            ServerError: The server cannot be asked.
+        """
+        key = json.dumps([list(map(dict, messages)), list(map(dict, tools))], default=str)
+        with self._lock:
+            self._prepare()
+            found = self._written.get(key)
+        if found is None:
+            found = self._write(messages, tools)
+        with self._lock:
+            self._written[key] = found
+            self._written.move_to_end(key)
+            if len(self._written) > _KNOWN_PROMPTS:
+                self._written.popitem(last=False)
+        return found
+
+    def encode(self, text: str) -> tuple[int, ...] | None:
+        """Token ids of a step, without special tokens; None where nobody here knows the tokenizer.
+
+        Raises:
+            ServerError: The server cannot be asked.
+        """
+        if self._tokenizer is not None:
+            return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._ask(prompt=text, add_special_tokens=False) if self._by_server else None
+
+    def count(self, text: str) -> int:
+        """Tokens of a text: exact with a local tokenizer, else a guess from its length."""
+        if self._tokenizer is None:
+            return estimate_tokens(text)
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _prepare(self) -> None:
+        """Choose the way, once."""
+        if self._is_ready:
+            return
+        takes_ids = self._capabilities().token_prompts
+        if self._tokenizer_name is not None:
+            self._tokenizer = _load(self._tokenizer_name)
+        elif takes_ids and self._find_server_tokenizer():
+            self._by_server = True
+        elif self._template is None:
+            self._tokenizer = _load_cached(self._model)
+        if self._template is None and self._tokenizer is not None and not self._tokenizer.chat_template:
+            self._template = PLAIN
+        if self._template is None and self._tokenizer is None and not self._by_server:
+            raise ConfigError(
+                f"how {self._model!r} wants its prompts is not known here; pass tokenizer=folder or hub name, or, for "
+                "a model without a chat template, template='plain'"
+            )
+        self._is_ready = True
+
+    def _find_server_tokenizer(self) -> bool:
+        """Whether the server tokenises; where it has no chat template, the plain one is taken from now on."""
+        try:
+            if self._template is None:
+                return self._render([{"role": "user", "content": "1"}], ()) is not None
+        except ServerError as error:
+            if error.status is None:
+                raise
+            if "chat template" not in str(error):  # what vLLM says where there is none
+                return False
+            self._template = PLAIN
+        try:
+            return self._ask(prompt="1") is not None
+        except ServerError as error:
+            if error.status is None:
+                raise
+            return False
+
+    def _write(self, messages: Sequence[Message], tools: Sequence[Message]) -> RemotePrompt:
+        takes_ids = self._capabilities().token_prompts
+        if self._template is not None:
+            if tools:
+                raise ConfigError(f"tools: {self._model!r} is prompted without a chat template; leave them out")
+            text = self._template.replace(_PROBLEM, last_user_text(messages).strip())
+            ids = None
+            if takes_ids:
+                ids = tuple(self._tokenizer(text)["input_ids"]) if self._tokenizer else self._by_server_ids(text)
+            return text if ids is None else ids
+        if self._by_server:
+            ids = self._render(messages, tools)
+            if ids is None:
+                raise ServerError(f"the server's /tokenize has no tokens for {self._model!r}")
+            return ids
+        text = _apply(self._tokenizer, messages, tools)
+        return (self.encode(text) or text) if takes_ids else _without_bos(self._tokenizer, text)
+
+    def _by_server_ids(self, text: str) -> tuple[int, ...] | None:
+        return self._ask(prompt=text) if self._by_server else None
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Message]) -> tuple[int, ...] | None:
+        told = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        return self._ask(messages=[dict(message) for message in messages], add_generation_prompt=True, **told)
+
+    def _ask(self, **fields: Any) -> tuple[int, ...] | None:
+        found = self._replicas.post(_TOKENIZE, {"model": self._model, **fields}).get("tokens")
+        if not isinstance(found, list) or not all(isinstance(one, int) for one in found):
+            return None
+        return tuple(found)
+
+
+def _load(name: str) -> Any:
+    from transformers import AutoTokenizer  # heavy, and needed only here
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises whatever a file made it stumble over
+        line = next(iter(str(error).splitlines()), "")
+        raise ModelLoadError(f"tokenizer={name!r} cannot be loaded: {type(error).__name__}: {line}") from error
+
+
+def _load_cached(name: str) -> Any:
+    from transformers import AutoTokenizer  # heavy, and needed only here
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception:  # it is not there, or no tokenizer
+        return None
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message]) -> str:
+    turns, given = [dict(message) for message in messages], [dict(tool) for tool in tools]
+    try:
+        return tokenizer.apply_chat_template(turns, tools=given or None, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise whatever their author thought of
+        raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+
+
+def _without_bos(tokenizer: Any, text: str) -> str:
+    """A rendered prompt for a server that adds the begin-of-text token itself."""
+    bos = tokenizer.bos_token
+    adds = bos and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if adds else text

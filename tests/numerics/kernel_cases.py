@@ -1,0 +1,238 @@
+"""The Triton kernel against the specification: cases for any device, and what the interpreter needs to run them.
+
+Not collected by itself: `test_kernel.py` runs the small cases in one process of its own, since Triton must find
+TRITON_INTERPRET=1 when it is first imported, and runs the large ones on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ets_engine.attention import tree_attention
+from ets_engine.attention.work import WorkList, plan_work
+from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree, Row, TreeLayout
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A tree, the rows that read it, and the numbers of the attention.
+
+    Attributes:
+        prompt: Tokens of the root.
+        fanouts: Children of each node, depth by depth.
+        step: Tokens of each node between root and leaves, 0 to this many.
+        stored: Tokens that each leaf holds before, at most.
+        new: New tokens of each leaf, at most.
+        kv_heads, group, dim, dtype: Of the attention.
+        softcap, sinks, window: Of the attention.
+        chunk: Shortest chunk, so that small cases are split as well.
+        heights: Of the tiles.
+    """
+
+    prompt: int = 40
+    fanouts: tuple[int, ...] = (3,)
+    step: int = 6
+    stored: int = 5
+    new: int = 1
+    kv_heads: int = 1
+    group: int = 1
+    dim: int = 16
+    dtype: torch.dtype = FP32
+    softcap: float | None = None
+    sinks: bool = False
+    window: int | None = None
+    chunk: int = 128
+    heights: tuple[int, ...] = (16, 32)
+
+
+SMALL = {
+    "one-token": Case(prompt=1, fanouts=(), stored=0),
+    "one-path-split": Case(prompt=400, fanouts=(1,), dim=64, chunk=16, group=2),
+    "prompt-at-once": Case(prompt=0, fanouts=(), stored=0, new=70, group=4),
+    "prompt-in-chunks": Case(prompt=0, fanouts=(), stored=33, new=40, dtype=BF16),
+    "star": Case(fanouts=(5,), kv_heads=2, group=2, dtype=FP16, dim=64),
+    "wide-star": Case(prompt=20, fanouts=(40,), stored=3, dtype=BF16),
+    "comb": Case(fanouts=(2, 1, 2, 1, 2), step=4, group=4),
+    "single-token-prompt": Case(prompt=1, fanouts=(3, 2), step=1),
+    "ragged": Case(fanouts=(2, 2), new=9, group=7, dtype=BF16, dim=80),
+    "ragged-split": Case(prompt=90, fanouts=(3,), new=12, group=2, chunk=16, dim=32),
+    "large-heads": Case(fanouts=(2,), group=4, dtype=FP16, dim=128),
+    "odd-heads": Case(fanouts=(3,), kv_heads=2, group=7, dtype=BF16, dim=96, heights=(16, 64)),
+    "softcap": Case(fanouts=(2, 2), group=2, softcap=2.0),
+    "softcap-bf16": Case(fanouts=(2, 2), group=2, softcap=30.0, dtype=BF16),
+    "sinks-merged": Case(fanouts=(3,), kv_heads=2, group=3, sinks=True),
+    "sinks-alone": Case(prompt=0, fanouts=(), stored=0, new=10, kv_heads=2, group=3, sinks=True, dtype=FP16),
+    "window": Case(prompt=50, fanouts=(2, 2), window=20, group=2, chunk=16),
+    "window-ragged": Case(prompt=50, fanouts=(2, 2), new=9, window=7, dtype=BF16, softcap=20.0, sinks=True),
+}
+LARGE = {
+    f"width-{width}-{str(dtype).removeprefix('torch.')}-{dim}": Case(
+        prompt=600, fanouts=fanouts, step=60, stored=40, kv_heads=2, group=group, dim=dim, dtype=dtype
+    )
+    for width, fanouts in ((1, (1,)), (16, (4, 4)), (64, (4, 4, 4)), (256, (4, 4, 16)), (1024, (8, 8, 16)))
+    for dtype, dim, group in ((BF16, 128, 7), (FP16, 64, 4), (BF16, 256, 2), (FP32, 128, 4))
+} | {
+    "long-prompt": Case(prompt=12_000, fanouts=(4,), step=60, kv_heads=4, group=7, dim=128, dtype=BF16),
+    "ragged": Case(prompt=700, fanouts=(4, 4), step=60, new=60, kv_heads=2, group=7, dim=128, dtype=BF16),
+    "prompt": Case(prompt=0, fanouts=(), stored=0, new=700, kv_heads=2, group=7, dim=128, dtype=BF16),
+    "window": Case(prompt=3000, fanouts=(4, 4), step=60, window=700, kv_heads=2, group=4, dim=80, dtype=FP16),
+    "softcap-sinks": Case(prompt=700, fanouts=(8,), softcap=30.0, sinks=True, kv_heads=4, group=8, dim=96, dtype=BF16),
+    "fp32-large-heads": Case(prompt=700, fanouts=(8,), kv_heads=2, group=4, dim=256),
+}
+
+
+def grow(case: Case, seed: int) -> tuple[PrefixTree, list[int], list[Row]]:
+    """The tree, its leaves and one row for each."""
+    rng = random.Random(seed)
+    tree = PrefixTree(KVPool([LayerShape(1, 16)], page_tokens=4))  # only its slots count
+    leaves = [tree.root()]
+    for depth, tokens in enumerate((case.prompt, *(case.step for _ in case.fanouts[1:]))):
+        for node in leaves:
+            if tokens:
+                tree.append(node, tokens if depth == 0 else rng.randrange(tokens + 1))
+        if depth < len(case.fanouts):
+            leaves = [tree.fork(node) for node in leaves for _ in range(case.fanouts[depth])]
+    rows = []
+    for leaf in leaves:
+        if case.fanouts and case.stored:
+            tree.append(leaf, rng.randrange(case.stored + 1))
+        elif case.stored:
+            tree.append(leaf, case.stored)
+        new = 1 + rng.randrange(case.new) if case.fanouts else case.new
+        rows.append(Row(leaf, tree.num_tokens(leaf), new))
+        tree.append(leaf, new)
+    return tree, leaves, rows
+
+
+def scatter(layout: TreeLayout, num_slots: int, seed: int) -> TreeLayout:
+    """The same over slots in any order."""
+    order = torch.randperm(num_slots, generator=torch.Generator().manual_seed(seed))
+    segments = tuple(replace(segment, slots=order[segment.slots]) for segment in layout.segments)
+    return replace(layout, segments=segments, tail_slots=order[layout.tail_slots])
+
+
+def check(case: Case, device: torch.device, seed: int = 0) -> None:
+    """The kernel errs at most a few times as much as eager attention in the same dtype, or a few last digits.
+
+    The yardstick is the specification in fp64 on the same rounded inputs. A soft cap is computed in fp32, whose last
+    digit is that of the cap: the scores, and with them the weights, are off by that much.
+    """
+    from ets_engine.attention.kernel import run_work
+
+    tree, _, rows = grow(case, seed)
+    windows = () if case.window is None else (case.window,)
+    layout = LayoutBuilder(tree, min_saved_tokens=1, windows=windows).build(rows).within(case.window)
+    num_slots = tree.pool.layers[0].shape[0]
+    layout = scatter(layout, num_slots, seed)
+    generator = torch.Generator().manual_seed(seed)
+    heads, scale = case.kv_heads * case.group, case.dim**-0.5
+    query = 2 * torch.randn(sum(row.new for row in rows), heads, case.dim, generator=generator)
+    cache = torch.randn(num_slots, 2, case.kv_heads, case.dim, generator=generator)
+    sinks = torch.randn(heads, generator=generator).to(case.dtype) if case.sinks else None
+    query, cache = query.to(case.dtype), cache.to(case.dtype)
+    exact = tree_attention(
+        query.double(),
+        cache.double(),
+        layout,
+        scale=scale,
+        softcap=case.softcap,
+        sinks=None if sinks is None else sinks.double(),
+        implementation="reference",
+    )
+    plain = tree_attention(query, cache, layout, scale=scale, softcap=case.softcap, sinks=sinks, implementation="eager")
+    query, cache = query.to(device), cache.to(device)
+    sinks = None if sinks is None else sinks.to(device)
+    if INTERPRETED:
+        work = plan_work(layout, group=case.group, tiles_wanted=1000, heights=case.heights, min_chunk=case.chunk)
+        ours = run_work(query, cache, work, scale=scale, softcap=case.softcap, sinks=sinks)
+    else:
+        works: dict[Hashable, WorkList] = {}
+        ours, again = (
+            tree_attention(
+                query,
+                cache,
+                layout,
+                scale=scale,
+                softcap=case.softcap,
+                sinks=sinks,
+                implementation="triton",
+                works=works,
+            )
+            for _ in range(2)
+        )
+        assert torch.equal(ours, again) and len(works) == 1
+    largest = exact.abs().max().item()
+    budget = 3 * (plain.double() - exact).abs().max().item() + 4 * torch.finfo(case.dtype).eps * largest
+    budget += (case.softcap or 0.0) * torch.finfo(FP32).eps * largest
+    assert ours.shape == exact.shape and ours.dtype == case.dtype
+    assert (ours.cpu().double() - exact).abs().max().item() <= budget
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _patch_tensor_for_new_numpy(tensor: Any, scope: Any) -> None:
+        """NumPy 2.4 no longer makes an int of an array of one number (github.com/triton-lang/triton/issues/9171)."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def _dot_of_bf16(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        """Triton 3.6 holds bf16 as the bits of uint16 and multiplies those; fp32 holds the same numbers."""
+        return _dot(self, _widen(a), _widen(b), *others)
+
+    def _widen(handle: Any) -> Any:
+        if handle.dtype.name != "bf16":
+            return handle
+        numbers = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(numbers, interpreter.tl.float32)
+
+    interpreter._patch_lang_tensor = _patch_tensor_for_new_numpy
+    interpreter.InterpreterBuilder.create_dot = _dot_of_bf16  # pyright: ignore[reportAttributeAccessIssue]
+
+    @pytest.mark.parametrize("name", SMALL)
+    def test_the_kernel_equals_the_specification(name: str) -> None:
+        check(SMALL[name], torch.device("cpu"))
+
+    def test_a_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a GPU: layouts on the CPU, one work list for all layers; loading compares it with plain attention."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from ets_engine.attention import kernel
+        from ets_engine.runtime import runner
+
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+        planned = 0
+
+        def count_plans(*arguments: Any, **options: Any) -> WorkList:
+            nonlocal planned
+            planned += 1
+            return plan_work(*arguments, **options)
+
+        monkeypatch.setattr(runner, "choose_implementation", lambda *_, **__: "triton")
+        monkeypatch.setattr(kernel, "plan_work", count_plans)
+        ours = runner.Runner(LlamaForCausalLM(config))
+        loading = planned
+        prompt = ours.tree.root()
+        ours.extend([(prompt, [3, 1, 4])])
+        assert loading > 0 and planned == loading + 1

@@ -1,0 +1,484 @@
+"""Searches over servers of every kind: what they are asked, what their replies mean, and that a fault is data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from ets_engine.config import SearchConfig
+from ets_engine.errors import ConfigError, EngineError
+from ets_engine.hosted import ProposalRequest
+from ets_engine.protocols import SearchService
+from ets_engine.remote import RemoteEngine, RemotePolicy, Replicas, Server, ServerError, connect, prompts
+from ets_engine.testing import hash_score
+from ets_engine.types import Step, StopReason
+
+KEY = "sk-very-secret-4711"
+PROBLEM = "What is 1+1?"
+CONTEXT = 400
+
+
+def judge(problem: str, steps: Sequence[str]) -> float:
+    return hash_score("".join(steps))
+
+
+def small(**changes: Any) -> SearchConfig:
+    return SearchConfig(**{"strategy": "rebase", "width": 6, "max_steps": 6, "trace": True, **changes})
+
+
+class FakeServer:
+    """A model of one character a token that writes two steps of one line, then the answer, then ends.
+
+    Args:
+        kind: "vllm", "sglang", "openai" (says nothing of stops, refuses what it does not know) or "transformers".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.has_chat_template = True
+        self.asked: list[dict[str, Any]] = []  # of completions, what each request held
+        self.paths: list[str] = []
+        self.fault: Callable[[httpx.Request, dict[str, Any]], httpx.Response | None] = lambda request, body: None
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        self.paths.append(path)
+        body = json.loads(request.content) if request.content else {}
+        if (fault := self.fault(request, body)) is not None:
+            return fault
+        if path == "/v1/models" and self.kind != "openai":
+            more = {"max_model_len": CONTEXT} if self.kind == "vllm" else {}
+            return httpx.Response(200, json={"data": [{"id": "m", **more}]})
+        if path == "/tokenize" and self.kind in ("vllm", "sglang"):
+            return self.tokenize(body)
+        if path == "/metrics" and self.kind == "sglang":
+            return httpx.Response(200, text="sglang:cache_hit_rate 0.75")
+        if path != "/v1/completions":
+            return httpx.Response(404, json={"detail": "Not Found"})
+        if body["model"] != "m":
+            return httpx.Response(404, json={"error": {"message": f"no model {body['model']!r}"}})
+        self.asked.append(body)
+        return self.complete(body)
+
+    def tokenize(self, body: dict[str, Any]) -> httpx.Response:
+        text = body.get("prompt")
+        if text is None and self.kind == "sglang":
+            return httpx.Response(422, json={"detail": "prompt is missing"})
+        if text is None and not self.has_chat_template:
+            return httpx.Response(400, json={"message": "you must provide a chat template"})
+        if text is None:
+            text = "".join(f"<{turn['role']}>{turn['content']}" for turn in body["messages"]) + "<assistant>\n"
+        return httpx.Response(200, json={"tokens": [ord(sign) for sign in text]})
+
+    def complete(self, body: dict[str, Any]) -> httpx.Response:
+        own = {"model", "prompt", "max_tokens", "temperature", "top_p", "n", "seed", "stop"}
+        extras = set(body) - own - ({"generation_config"} if self.kind == "transformers" else set())
+        if extras and self.kind in ("openai", "transformers"):
+            return httpx.Response(422 if self.kind == "transformers" else 400, json={"detail": f"unexpected {extras}"})
+        prompt, is_ids = body["prompt"], isinstance(body["prompt"], list)
+        if is_ids and self.kind in ("openai", "transformers"):
+            return httpx.Response(400, json={"detail": "prompt must be a string."})
+        text = "".join(map(chr, prompt)) if is_ids else prompt
+        config = json.loads(body.get("generation_config", "{}"))
+        max_tokens = body.get("max_tokens", config.get("max_new_tokens", 16))
+        is_sampled = config.get("do_sample", False) if self.kind == "transformers" else body.get("temperature", 1) > 0
+        count = 1 if self.kind == "transformers" else body.get("n", 1)
+        if self.kind == "vllm" and count > 1 and not is_sampled:
+            return httpx.Response(400, json={"message": "n must be 1 when using greedy sampling"})
+        choices = []
+        for index in range(count):
+            seed = f"{body.get('seed')} {index}" if is_sampled else ""
+            choices.append({"index": index, **self.write(text, seed, max_tokens, body)})
+        used = sum(choice.pop("used") for choice in choices)
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": used, "total_tokens": len(prompt) + used}
+        return httpx.Response(200, json={"choices": choices, "usage": usage})
+
+    def write(self, prompt: str, seed: str, max_tokens: int, body: dict[str, Any]) -> dict[str, Any]:
+        sign = hashlib.sha256(f"{prompt} {seed}".encode()).hexdigest()[0]
+        lines = prompt.count("\n") - 1 if "\n" in prompt else 0
+        whole = "".join(f"line {depth} {sign}\n" for depth in range(lines, 2)) + f"The answer is {int(sign, 16) % 3}."
+        stops = {stop: whole.find(stop) for stop in body.get("stop") or () if stop in whole}
+        stop = min(stops, key=lambda one: stops[one], default=None)
+        text = whole if stop is None else whole[: stops[stop] + len(stop)]
+        reason = "stop" if len(text) < max_tokens or (stop and len(text) == max_tokens) else "length"
+        text = text[:max_tokens]
+        found: dict[str, Any] = {"finish_reason": reason, "used": len(text), "text": text}
+        stop = stop if reason == "stop" else None
+        kept = {"vllm": body.get("include_stop_str_in_output"), "sglang": body.get("no_stop_trim"), "openai": False}
+        if self.kind == "vllm":
+            found["stop_reason"] = stop
+        if self.kind == "sglang":
+            found["matched_stop"] = stop or (2 if reason == "stop" else None)
+        if self.kind in ("vllm", "sglang") and body.get("return_token_ids"):
+            found["token_ids"] = [ord(one) for one in text]
+        if stop is not None and not kept.get(self.kind, True):
+            found["text"] = text[: -len(stop)]
+        return found
+
+
+class MadeEngine:
+    """Makes engines over fakes and closes them."""
+
+    def __init__(self) -> None:
+        self.engines: list[RemoteEngine] = []
+
+    def __call__(self, server: Any, verifier: Any = judge, **options: Any) -> RemoteEngine:
+        options = {"boundaries": ["\n"], "retries": 0, **options}
+        address = options.pop("address", "openai:http://a#m")
+        self.engines.append(connect(address, verifier, transport=httpx.MockTransport(server), **options))
+        return self.engines[-1]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeEngine]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    make = MadeEngine()
+    yield make
+    for engine in make.engines:
+        engine.close()
+
+
+KINDS = ["vllm", "sglang", "openai", "transformers"]
+
+
+# ---------------------------------------------------------------------- every kind of server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["ets", "rebase", "greedy"])
+def test_a_search_over_every_kind_of_server(made: MadeEngine, kind: str, strategy: Any) -> None:
+    engine = made(FakeServer(kind), template="plain")
+    assert isinstance(engine, SearchService)
+    result = engine.search(PROBLEM, small(strategy=strategy))
+    assert (result.finish_reason, result.num_errors, len(result.steps)) == ("stop", 0, 3)
+    assert all(step.text.endswith("\n") for step in result.steps[:2]) and result.steps[2].text.startswith("The answer")
+    assert result.trace is not None
+    assert all(node.num_tokens == len(node.text) for node in result.trace[1:])
+    assert result.generated_tokens == sum(len(node.text) for node in result.trace)
+    again = engine.search(PROBLEM, small(strategy=strategy))
+    assert again.model_dump(exclude={"timing"}) == result.model_dump(exclude={"timing"}), "the same seed"
+
+
+def test_a_server_that_takes_tokens_is_sent_the_sampled_ones_once_per_parent(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    result = made(server).search(PROBLEM, small())
+    assert result.trace is not None
+    texts = {0: "<user>What is 1+1?<assistant>\n"}
+    for node in result.trace[1:]:
+        texts[node.id] = texts[node.parent] + node.text
+    parents = [node.id for node in result.trace if any(one.parent == node.id for one in result.trace)]
+    asked = server.asked[-len(parents) :]
+    sent = ["".join(map(chr, body["prompt"])) for body in asked]
+    assert sorted(sent) == sorted(texts[parent] for parent in parents)
+    assert asked[0]["n"] == 6 and asked[0]["stop"] == ["\n"] and "seed" in asked[0]
+    engine = made(server)
+    engine.search("What is 2+2?", small())
+    assert len({body["seed"] for body in asked + server.asked[-6:]}) == len(asked) + 6, "no two requests share one"
+    assert result.prompt_tokens == len(texts[0])
+
+
+def test_transformers_serve_is_told_to_sample(made: MadeEngine) -> None:
+    server = FakeServer("transformers")
+    result = made(server, template="plain").search(PROBLEM, small(temperature=0.7, top_p=0.9, top_k=5))
+    assert result.trace is not None and len({node.text for node in result.trace if node.depth == 1}) > 1
+    last = server.asked[-1]
+    told = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
+    assert json.loads(last["generation_config"]) == told
+    assert set(last) == {"model", "prompt", "max_tokens", "generation_config", "seed", "stop"}
+
+
+def test_a_server_that_says_nothing_of_stops_is_not_asked_to_stop(made: MadeEngine, caplog: Any) -> None:
+    server = FakeServer("openai")
+    engine = made(server, template="plain")
+    engine.search(PROBLEM, small())
+    engine.search(PROBLEM, small())
+    assert "stop" not in server.asked[-1]
+    assert [record.message for record in caplog.records] == [
+        "the server of 'm' does not say what stops it; steps are cut here"
+    ]
+
+
+def test_a_server_that_fails_over_stop_texts_is_not_asked_to_stop(made: MadeEngine) -> None:
+    server = FakeServer("transformers")
+    server.fault = lambda request, body: httpx.Response(500) if "stop" in body else None
+    assert made(server, template="plain").search(PROBLEM, small()).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_limits(made: MadeEngine, kind: str) -> None:
+    engine = made(FakeServer(kind), template="plain")
+    short = engine.search(PROBLEM, small(max_step_tokens=4))
+    assert short.trace is not None
+    found = {(node.text, node.stop) for node in short.trace if node.depth == 1}
+    assert found == {("line", StopReason.BOUNDARY)}, "a long step goes on in the next"
+    cut = engine.search(PROBLEM, small(max_tokens=13))
+    assert cut.trace is not None and cut.finish_reason == "length"
+    assert all(node.stop is StopReason.LENGTH for node in cut.trace if node.depth == 2)
+    assert max(len(node.text) for node in cut.trace if node.depth == 2) == 13 - len("line 0 x\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_texts_of_the_search_finish_it(made: MadeEngine, kind: str) -> None:
+    result = made(FakeServer(kind), template="plain").search(PROBLEM, small(stop=("answer", "line 1")))
+    assert result.trace is not None
+    ends = {node.text for node in result.trace if node.stop is StopReason.FINISHED}
+    assert ends == {""}, "the second line begins with a stop text, which is no part of it"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_sampling_no_server_is_asked_for_several_choices(made: MadeEngine, kind: str) -> None:
+    result = made(FakeServer(kind), template="plain").search(PROBLEM, small(temperature=0.0))
+    assert result.trace is not None and (result.finish_reason, result.num_errors) == ("stop", 0)
+    assert len({node.text for node in result.trace if node.depth == 1}) == 1
+
+
+def test_a_full_context_ends_a_path(made: MadeEngine) -> None:
+    result = made(FakeServer("vllm"), template="plain").search("x" * (CONTEXT - 15), small())
+    assert (result.finish_reason, result.num_errors) == ("length", 0)
+
+
+def test_sampling_that_a_server_lacks_is_refused(made: MadeEngine) -> None:
+    engine = made(FakeServer("openai"), template="plain")
+    with pytest.raises(EngineError, match=r"'top_k': 5.*leave the others out"):
+        engine.search(PROBLEM, small(top_k=5))
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def test_the_servers_tokenizer_writes_prompts_and_a_model_without_template_gets_a_line(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    server.has_chat_template = False
+    made(server).search(PROBLEM, small())
+    assert "".join(map(chr, server.asked[-1]["prompt"])).startswith(f"{PROBLEM}\nline 0")
+
+
+def test_a_template_of_the_callers(made: MadeEngine) -> None:
+    server = FakeServer("openai")
+    made(server, template="Q: {problem} A:\n").search(PROBLEM, small())
+    assert server.asked[-1]["prompt"].startswith(f"Q: {PROBLEM} A:\nline 0")
+    with pytest.raises(ConfigError, match=r"has no \{problem\}"):
+        made(server, template="nothing")
+
+
+@pytest.mark.parametrize("kind", ["sglang", "openai"])
+def test_unknown_ways_to_prompt_are_refused_with_the_way_out(made: MadeEngine, kind: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(prompts, "_load_cached", lambda name: None)
+    with pytest.raises(ConfigError, match="pass tokenizer=folder or hub name"):
+        made(FakeServer(kind)).search(PROBLEM, small())
+
+
+def test_tools_need_a_chat_template(made: MadeEngine) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    with pytest.raises(ConfigError, match="without a chat template"):
+        made(FakeServer("openai"), template="plain").search(PROBLEM, small(), tools=tools)
+
+
+class CharacterTokenizer:
+    """One token per character, and "^" at the beginning of a text."""
+
+    bos_token, bos_token_id = "^", ord("^")
+
+    def __init__(self, chat_template: str | None) -> None:
+        self.chat_template = chat_template
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(sign) for sign in ("^" if add_special_tokens else "") + text]}
+
+    def apply_chat_template(self, turns: Any, *, tools: Any, add_generation_prompt: bool, tokenize: bool) -> str:
+        if any(turn["role"] == "tool" for turn in turns):
+            raise ValueError("no such role")
+        return "^" + "".join(f"<{turn['role']}>{turn['content']}" for turn in turns) + f"{len(tools or ())}<me>\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "chat_template", "prompt"),
+    [
+        ("sglang", "some", "^<user>What is 1+1?0<me>\n"),
+        ("transformers", "some", "<user>What is 1+1?0<me>\n"),  # this server adds the beginning itself
+        ("sglang", None, "^What is 1+1?\n"),
+        ("transformers", None, "What is 1+1?\n"),
+    ],
+)
+def test_a_local_tokenizer(made: MadeEngine, monkeypatch: Any, kind: str, chat_template: Any, prompt: str) -> None:
+    monkeypatch.setattr(prompts, "_load", lambda name: CharacterTokenizer(chat_template))
+    server = FakeServer(kind)
+    engine = made(server, tokenizer="its name")
+    result = engine.search(PROBLEM, small())
+    sent = next(body["prompt"] for body in server.asked if body.get("max_tokens") == small().max_step_tokens)
+    assert (sent if isinstance(sent, str) else "".join(map(chr, sent))) == prompt
+    assert isinstance(sent, list) == (kind == "sglang") and engine.count_tokens("12345") == 5
+    assert (result.finish_reason, result.prompt_tokens) == ("stop", len(prompt))
+    if chat_template:
+        engine.search(PROBLEM, small(), tools=[{"type": "function", "function": {"name": "add"}}])
+        with pytest.raises(ConfigError, match="chat template refuses these messages: no such role"):
+            engine.search([{"role": "tool", "content": "1"}, {"role": "user", "content": "2"}], small())
+
+
+# ---------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        pytest.param(lambda: httpx.Response(500), "answered 500", id="500"),
+        pytest.param(lambda: httpx.Response(200, text="hello"), "no JSON object: 'hello'", id="garbage"),
+        pytest.param(lambda: httpx.Response(401, json={"error": KEY}), r"answered 401: \[key\]", id="401"),
+        pytest.param(lambda: httpx.Response(200, json={"id": 1}), "has no choices, only", id="no choices"),
+        pytest.param(lambda: httpx.Response(200, json={"choices": [{"text": 3}]}), "has no text", id="no text"),
+        pytest.param(lambda: httpx.Response(200, json={"choices": [{"text": "a"}]}), "gave 1 choices, 6", id="too few"),
+        pytest.param(
+            lambda: httpx.Response(200, json={"choices": [{"text": "a", "finish_reason": "abort"}] * 6}),
+            "ended a step for 'abort'",
+            id="abort",
+        ),
+    ],
+)
+def test_a_server_that_breaks_after_it_was_probed(made: MadeEngine, caplog: Any, answer: Any, message: str) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = FakeServer("vllm")
+    server.fault = lambda request, body: answer() if "top_p" in body else None
+    with pytest.raises(EngineError, match=message) as caught:
+        made(server).search(PROBLEM, small())
+    assert KEY not in str(caught.value) + caplog.text
+
+
+def test_a_branch_whose_request_fails_dies_alone(made: MadeEngine, caplog: Any) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = FakeServer("vllm")
+    failed: list[int] = []
+
+    def once(request: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        if "top_p" in body and len(body["prompt"]) > 32 and not failed:
+            failed.append(body.get("n", 1))
+            return httpx.Response(400, json={"message": f"bad luck {KEY}"})
+        return None
+
+    server.fault = once
+    engine = made(server)
+    events: list[str] = []
+    result = engine.search(PROBLEM, small(), on_event=lambda event: events.append(event.model_dump_json()))
+    assert (result.finish_reason, result.num_errors) == ("stop", failed[0])
+    assert KEY not in result.model_dump_json() + caplog.text + "".join(events) + repr(engine.__reduce__()) + engine.name
+
+
+def test_a_replica_that_dies_in_the_middle_of_a_search_loses_nothing(made: MadeEngine) -> None:
+    servers = {"a": FakeServer("vllm"), "b": FakeServer("vllm")}
+    served: list[str] = []
+
+    def route(request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        sampled = b"top_p" in request.content
+        if served and host == served[0]:
+            raise httpx.ConnectError("connection refused")
+        if sampled:
+            served.append(host)
+        return servers[host](request)
+
+    engine = made(route, address="openai:http://a,http://b#m")
+    result = engine.search(PROBLEM, small())
+    assert (result.finish_reason, result.num_errors) == ("stop", 0)
+    assert set(served) == {"a", "b"} and len(set(served[1:])) == 1
+    alone = made(FakeServer("vllm")).search(PROBLEM, small())
+    assert alone.trace == result.trace
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "message"), [("vllm", "other", "answered 404: no model 'other'"), ("none", "m", "answered 404")]
+)
+def test_no_such_model_or_no_completions(made: MadeEngine, kind: str, model: str, message: str) -> None:
+    server = FakeServer(kind)
+    if kind == "none":
+        server.fault = lambda request, body: httpx.Response(404)
+    with pytest.raises(ServerError, match=message):
+        made(server, address=f"openai:http://a#{model}", template="plain").search(PROBLEM, small())
+
+
+def test_a_failed_probe_is_tried_again(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    server.fault = lambda request, body: httpx.Response(503)
+    engine = made(server)
+    with pytest.raises(ServerError, match="answered 503"):
+        engine.search(PROBLEM, small())
+    server.fault = lambda request, body: None
+    assert engine.search(PROBLEM, small()).finish_reason == "stop"
+
+
+# ---------------------------------------------------------------------- figures and names
+
+
+def test_kv_figures_are_counted_from_the_tree(made: MadeEngine) -> None:
+    result = made(FakeServer("vllm")).search(PROBLEM, small())
+    assert result.kv is not None and result.trace is not None and result.verifier_kv is None
+    assert result.kv.unique_tokens == sum(node.num_tokens for node in result.trace)
+    assert result.kv.sharing_ratio > 1.5 and result.kv.bytes_per_token == 0
+    first = result.prompt_tokens + sum(node.num_tokens for node in result.trace if node.depth == 1)
+    assert result.kv.unique_tokens >= result.kv.peak_tokens >= result.kv.mean_tokens >= first
+
+
+def test_server_metrics(made: MadeEngine) -> None:
+    found = made(FakeServer("sglang"), address="openai:http://a:1/v1,http://b/x/v1#m").server_metrics()
+    assert found["http://a:1/v1"] is not None and found["http://a:1/v1"].hit_rate == 0.75
+    assert found["http://b/x/v1"] is None
+
+
+def test_names(made: MadeEngine) -> None:
+    def named(verifier: Any, **options: Any) -> str:
+        return made(FakeServer("vllm"), verifier, **{"boundaries": ["\n\n"], **options}).name
+
+    judge.id = "mine"  # type: ignore[attr-defined]
+    try:
+        assert named(None) == "openai:http://a/v1#m"
+        assert named(judge) == "openai:http://a/v1#m+mine"
+        assert named("judge:openai:http://c#j") == "openai:http://a/v1#m+judge:openai:http://c/v1#j"
+        assert named(None, boundaries=["\n"], template="plain") != named(None, boundaries=["\n"])
+    finally:
+        del judge.id  # type: ignore[attr-defined]
+    assert named(judge) != named(judge), "two functions without a name are never taken for each other"
+
+
+def test_wrong_settings_are_refused_at_once(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    for options, message in (
+        ({"boundaries": []}, "give a list of texts"),
+        ({"boundaries": "\n"}, "give a list of texts"),
+        ({"verifier": 3}, "give a function, a BatchScorer or a name"),
+        ({"verifier": "openai:http://c#j"}, "say what it is, judge:openai"),
+        ({"verifier": "pooling:openai:http://c#unknown"}, "what the PRM 'unknown' reads is not known"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            made(server, **options)
+    assert server.paths == []
+
+
+def test_the_policy_alone_proposes_for_any_hosted_engine() -> None:
+    replicas = Replicas([Server("http://a/v1", transport=httpx.MockTransport(FakeServer("vllm")))])
+    request = ProposalRequest(
+        [{"role": "user", "content": PROBLEM}],
+        ["", ""],
+        small(),
+        parents=(0, 0),
+        children=(1, 2),
+        paths=[(), ()],
+        tokens_left=[8, 8],
+    )
+    steps = RemotePolicy(replicas, "m", boundaries=["\n"])(request)
+    assert [(step.text[:7], step.stop) for step in steps] == [("line 0 ", StopReason.LENGTH)] * 2
+    foreign = ProposalRequest(request.messages, ["so"], small(), (), (3,), (4,), [(Step("so", 1),)], [8])
+    with pytest.raises(ServerError, match="the tokens of 'so' are not known"):
+        RemotePolicy(replicas, "m", boundaries=["\n"])(foreign)
+    replicas.close()
+
+
+def test_importing_it_loads_no_model_library() -> None:
+    code = "import sys, ets_engine.remote; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
