@@ -106,7 +106,7 @@ def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
 
 def main() -> None:
     """Sample, fit, save, and report on problems that the fit did not see."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=120, help="training problems; half as many are held out")
     parser.add_argument("--width", type=int, default=8, help="solutions of each")
     parser.add_argument("--decay", type=float, default=1e-3, help="weight of the squared weights")

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from ets_engine.hosted import HostedEngine
+    from ets_engine.registry import register_service
     from ets_engine.service import ETSEngine, get_engine
-    from ets_engine.services import find_service, register_service
+    from ets_engine.services import find_service
     from ets_engine.types import EngineStats, SearchEvent, SearchResult
 
 __version__ = "0.1.0"
@@ -57,7 +58,7 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "find_service": "services",
     "get_engine": "service",
-    "register_service": "services",
+    "register_service": "registry",
 }  # public name -> the module that defines it
 
 __all__ = [

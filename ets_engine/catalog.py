@@ -1,4 +1,4 @@
-"""Published policies and PRMs that people bring: sizes, and the GPU memory that a search of some width takes; data only."""
+"""Published policies and PRMs that people bring: sizes, and the memory that a search of some width takes; data only."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from ets_engine.config import EngineConfig, SearchConfig
+    from ets_engine.remote import RemoteEngine
     from ets_engine.service import ETSEngine
     from ets_engine.types import SearchResult
 
@@ -65,8 +66,14 @@ def _keep_native_chatter_off_stdout() -> None:
     sys.stdout = open(results, "w", encoding=encoding, errors=errors, buffering=1 if os.isatty(results) else -1)  # noqa: SIM115
 
 
-def load_engine(model: str, verifier: str | None, config: EngineConfig) -> ETSEngine:
+def load_engine(model: str, verifier: str | None, config: EngineConfig) -> ETSEngine | RemoteEngine:
     """The engine that searches; this is where torch is imported."""
+    from ets_engine.services import REMOTE
+
+    if model.startswith(REMOTE):
+        from ets_engine.remote import connect
+
+        return connect(model, verifier, config)
     from ets_engine.service import ETSEngine
 
     return ETSEngine.from_pretrained(model, verifier, config)
@@ -93,12 +100,27 @@ def _ets(
 def solve(
     problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="What to solve; - reads it from standard input.")],
     model: Annotated[
-        str, option("NAME", "Model that proposes steps: a folder or a hub name.", default="the shipped one")
+        str,
+        option(
+            "NAME",
+            "Model that proposes steps: a folder, a hub name, or openai:http://host:8000/v1#name.",
+            default="the shipped one",
+        ),
     ] = "reference",
     verifier: Annotated[
         str | None,
-        option("NAME", "Model that scores steps: a folder or a hub name.", default="the shipped model's own"),
+        option(
+            "NAME",
+            "What scores steps: a PRM by folder or hub name, logprob, self_certainty, probe:FILE, judge:openai:...",
+            default="the shipped model's own",
+        ),
     ] = None,
+    preset: Annotated[
+        str, option("NAME", "Prompt and step boundaries, see `ets models`.", default="as the model shows")
+    ] = "auto",
+    verifier_format: Annotated[
+        str, option("NAME", "What the PRM reads, see `ets models`.", default="as the PRM shows")
+    ] = "auto",
     device: Annotated[
         str, option("NAME", "Where the models run, e.g. cpu or cuda.", default="cuda where there is one")
     ] = "auto",
@@ -134,6 +156,8 @@ def solve(
     Exit codes: 0 an answer, 1 a failure or no answer, 2 bad usage, 130 aborted.
     """
     with _Interrupts() as interrupts, one_line_errors():
+        from ets_engine.config import EngineConfig
+
         settings = {
             "strategy": strategy,
             "width": width,
@@ -149,7 +173,8 @@ def solve(
         config = _search_config({name: value for name, value in settings.items() if value is not None})
         text = _read_problem(problem)
         _check_models(text, model, verifier)
-        result = _search(text, config, interrupts, model=model, verifier=verifier, device=device)
+        engine = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
+        result = _search(text, config, interrupts, model, verifier, engine)
         _show(result, as_json=json, tree=tree)
         if result.answer is None:
             fail(_no_answer(result), EXIT_FAILURE)
@@ -211,23 +236,29 @@ def _check_models(text: str, model: str, verifier: str | None) -> None:
     if model == REFERENCE:
         check_domain(text)
     elif verifier is None:
-        raise ConfigError(f"--model {model} needs a model that scores its steps: pass --verifier NAME_OR_PATH")
+        raise ConfigError(
+            f"--model {model} needs something that scores its steps: pass --verifier, a PRM's name or logprob"
+        )
 
 
 def _search(
-    text: str, config: SearchConfig, interrupts: _Interrupts, *, model: str, verifier: str | None, device: str
+    text: str,
+    config: SearchConfig,
+    interrupts: _Interrupts,
+    model: str,
+    verifier: str | None,
+    engine_config: EngineConfig,
 ) -> SearchResult:
     """Load the models and search, with progress on standard error where that is a terminal."""
     from rich.console import Console
 
-    from ets_engine.config import EngineConfig
     from ets_engine.search.build import effective_width
     from ets_engine.terminal import LiveProgress
 
     errors = Console(stderr=True, highlight=False)
     quiet_libraries(is_terminal=errors.is_terminal)
     with _status(errors, "Loading the models"):
-        engine = load_engine(model, verifier, EngineConfig(device=device))
+        engine = load_engine(model, verifier, engine_config)
     with engine, LiveProgress(errors, width=effective_width(config), is_stopping=interrupts.is_set) as progress:
         interrupts.searching = True
         try:

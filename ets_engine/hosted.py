@@ -182,6 +182,11 @@ class HostedEngine:
         """KV figures of a finished search; None, as nothing here knows of the model's cache."""
         return None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more searches."""
+        return self._is_closed
+
     def close(self) -> None:
         """Take no more searches, and wait for those submitted so far.
 
@@ -286,7 +291,7 @@ class HostedEngine:
 
 
 def _find_registered(name: str) -> SearchService:
-    from ets_engine.services import registered_service
+    from ets_engine.registry import registered_service
 
     return registered_service(name)
 

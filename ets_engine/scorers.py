@@ -201,7 +201,7 @@ class Ensemble:
             return float("nan") if any(map(math.isnan, wrong)) else wrong[0]
         if self._combine == "mean":
             total = math.fsum(weight * score for weight, score in zip(self._weights, row, strict=True))
-            return min(1.0, total / math.fsum(self._weights))
+            return total / math.fsum(self._weights)  # <= 1: exact sums keep the order of their parts
         return min(row) if self._combine == "min" else math.prod(row)
 
 

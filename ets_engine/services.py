@@ -1,64 +1,53 @@
-"""Finds a search service by name: one that was registered, else the process's engine of that model."""
+"""Finds a search service by name: one that was registered, one over a server, or the process's engine of that model."""
 
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from ets_engine.config import EngineConfig
-from ets_engine.errors import ConfigError
 from ets_engine.protocols import SearchService
+from ets_engine.registry import look_up
 
-_registered: dict[str, SearchService] = {}
+if TYPE_CHECKING:
+    from ets_engine.remote import RemoteEngine
+
+REMOTE = "openai:"
+"""What the address of a model behind servers begins with."""
+
+_connected: dict[tuple[str, str | None, EngineConfig], RemoteEngine] = {}
 _lock = threading.Lock()
 
 
-def register_service(name: str, service: SearchService) -> None:
-    """Let a service be found by name, in this process; a name can be given anew.
-
-    Raises:
-        ConfigError: It is no service.
-
-    Example:
-        >>> from ets_engine.hosted import HostedEngine
-        >>> register_service("my-model", HostedEngine(lambda request: [], name="my-model"))
-        >>> find_service("my-model").name
-        'my-model'
-    """
-    if isinstance(service, type) or not isinstance(service, SearchService):
-        raise ConfigError(f"service={service!r:.100}: give an ETSEngine, or anything else with submit(problem, config)")
-    with _lock:
-        _registered[name] = service
-
-
-def registered_service(name: str) -> SearchService:
-    """The service that was registered under this name; no model is loaded in its place.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    with _lock:
-        service = _registered.get(name)
-    if service is None:
-        raise ConfigError(f"service={name!r} is not registered in this process; call register_service(name, service)")
-    return service
-
-
 def find_service(model: str, verifier: str | None = None, config: EngineConfig | None = None) -> SearchService:
-    """The registered service of this name, else the process's engine of this model, loaded when first asked for.
+    """The registered service of this name, else the process's one of this model, made when first asked for.
 
     Args:
-        model: A registered name, or a model as in `ETSEngine.from_pretrained`.
+        model: A registered name; `openai:URL[,URL...]#model`, a model behind OpenAI-compatible servers (see
+            `ets_engine.remote.connect`); or a model as in `ETSEngine.from_pretrained`.
         verifier: As there; a registered service has its own.
         config: As there.
 
     Raises:
         ModelLoadError: A model cannot be loaded, or its architecture cannot be honoured.
-        ConfigError: The shipped PRM is asked to judge another model, or a device is absent.
+        ConfigError: The shipped PRM is asked to judge another model, an address is wrong, or a device is absent.
     """
-    with _lock:
-        service = _registered.get(model)
+    service = look_up(model)
     if service is not None:
         return service
+    if model.startswith(REMOTE):
+        return _find_connected(model, verifier, config or EngineConfig())
     from ets_engine.service import get_engine  # it loads torch
 
     return get_engine(model, verifier, config)
+
+
+def _find_connected(model: str, verifier: str | None, config: EngineConfig) -> SearchService:
+    from ets_engine.remote import connect
+
+    key = (model, verifier, config)
+    with _lock:
+        engine = _connected.get(key)
+        if engine is None or engine.is_closed:
+            engine = _connected[key] = connect(model, verifier, config)
+        return engine

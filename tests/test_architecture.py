@@ -48,14 +48,16 @@ ARROWS: dict[str, set[str]] = {
     "serving": BASE | {"messages", "protocols", "scorers", "search", "results", "runtime", "models"},
     "service": BASE
     | {"messages", "protocols", "scorers", "search", "runtime", "reference", "answers", "models", "serving"},
-    "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "search", "results", "answers"},
+    "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "registry", "search", "results", "answers"},
     "remote": BASE | {"messages", "protocols", "scorers", "search", "results", "models", "hosted"},
-    "services": BASE | {"protocols", "service", "remote"},
+    "registry": BASE | {"protocols"},
+    "services": BASE | {"protocols", "registry", "service", "remote"},
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
     "terminal": BASE | {"protocols", "reference"},
     "commands": BASE | {"catalog", "reference", "models", "service", "services", "evaluation", "terminal"},
     "cli": BASE
-    | {"protocols", "search", "reference", "answers", "models", "service", "evaluation", "terminal", "commands"},
+    | {"protocols", "search", "reference", "answers", "models", "service", "services", "remote"}
+    | {"evaluation", "terminal", "commands"},
 }
 PACKAGE_ROOT = ""  # `ets_engine/__init__.py` re-exports lazily; only the integrations and the CLI may import from it
 

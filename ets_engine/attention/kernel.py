@@ -5,8 +5,8 @@ so K/V is read once for all queries below it, and once for a whole group of head
 arbitrary; the heads of one slot lie side by side in the cache, and the programs of a tile's KV heads run side by side.
 Sums are fp32, products of fp32 are too (three TF32 products each). No atomics: the same input gives the same bits.
 
-Where it stands: the logic runs in Triton's interpreter, and all variants compile for NVIDIA GPUs of compute capability
-8.0 and higher; block sizes and pipeline depths are chosen from their registers and shared memory, not from timings.
+Where it stands: the logic runs in Triton's interpreter, and its variants compile for NVIDIA GPUs of compute capability
+8.9 and 9.0; block sizes and pipeline depths are chosen from their registers and shared memory, not from timings.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ def run_work(
             grid = (len(lists[0]) * cache.shape[2],)
             _attend[grid](query, cache, output, partial, lse, *lists, sinks, scale, softcap, **sizes, **options)
         if work.merge_count:
-            options = {"DIM": dim, "BLOCK_D": block_d, "BLOCK_P": MERGED_AT_ONCE, "num_warps": block_d // 128 or 1}
-            _merge[(work.merge_count * heads,)](output, partial, lse, work.merges, sinks, HEADS=heads, **options)
+            options = {"HEADS": heads, "DIM": dim, "BLOCK_D": block_d, "BLOCK_P": MERGED_AT_ONCE}
+            options |= {"num_warps": block_d // 128 or 1}
+            _merge[(work.merge_count * heads,)](output, partial, lse, work.merges, sinks, **options)
     return output
 
 

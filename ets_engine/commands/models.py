@@ -68,7 +68,10 @@ def check(
         from ets_engine.config import EngineConfig, SearchConfig
         from ets_engine.reference import REFERENCE
         from ets_engine.service import ETSEngine
+        from ets_engine.services import REMOTE
 
+        if model.startswith(REMOTE):
+            raise ConfigError(f"--model {model}: it is loaded on its server; `ets solve` asks it, and says what fails")
         quiet_libraries(is_terminal=False)
         config = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
         asked = problem or ("Use 1, 3, 7 and 17 to make 22." if model == REFERENCE else CHECK_PROBLEM)

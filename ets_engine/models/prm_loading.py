@@ -37,7 +37,7 @@ _FAMILIES = (
 
 
 def load_prm(name_or_path: str, config: EngineConfig | None = None) -> tuple[Runner, PrmFormat]:
-    r"""A process reward model, and what it reads.
+    """A process reward model, and what it reads.
 
     The runner's head gives what `probabilities` reads. Heads of their own (Skywork's, Qwen's) need no code of the
     checkpoint.
@@ -53,8 +53,8 @@ def load_prm(name_or_path: str, config: EngineConfig | None = None) -> tuple[Run
 
     Example:
         >>> runner, format = load_prm("reference")
-        >>> format.name, format.details
-        ('trl', "at the end of '\n' after each step, softmax of two classes")
+        >>> format.name
+        'trl'
     """
     config = config or EngineConfig()
     own = name_or_path == REFERENCE
@@ -68,7 +68,8 @@ def load_prm(name_or_path: str, config: EngineConfig | None = None) -> tuple[Run
         format, auto, make_head = _FORMATS[kind](checkpoint)
         model = load_weights(checkpoint, auto, make_head)
     except ModelLoadError as error:
-        raise type(error)(f"verifier={name_or_path!r}{'' if kind == 'auto' else f' as {kind!r}'}: {error}") from error
+        told = "" if kind == "auto" else f" as {kind!r}"
+        raise ModelLoadError(f"verifier={name_or_path!r}{told}: {error}") from error
     return Runner(model, config, verify=not own), format
 
 

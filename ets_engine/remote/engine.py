@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import httpx
 
+from ets_engine.config import EngineConfig
 from ets_engine.errors import ConfigError
 from ets_engine.hosted import HostedEngine
 from ets_engine.messages import Message
@@ -106,6 +107,7 @@ class RemoteEngine(HostedEngine):
 def connect(
     address: str,
     verifier: Scorer | str | None = None,
+    config: EngineConfig | None = None,
     *,
     boundaries: Sequence[str] = _DEFAULT_BOUNDARIES,
     tokenizer: str | None = None,
@@ -126,6 +128,7 @@ def connect(
         verifier: A function or `BatchScorer`; `judge:openai:URL#model`, a chat model that marks steps;
             `pooling:openai:URL#model`, a PRM behind a pooling endpoint; a PRM to be run here, by folder or hub name or
             "reference"; None = every search brings its own, or is one that no score can change.
+        config: How a PRM is run here; nothing else of it reaches a server.
         boundaries: Texts that end a step.
         tokenizer: The model's, by folder or hub name, for its chat template; not needed where the server has
             `/tokenize`, or the model's name is that of a cached or local one.
@@ -160,7 +163,7 @@ def connect(
             transport=transport,
         )
 
-    scorer, judged_by, closes = _find_verifier(verifier, reach)
+    scorer, judged_by, closes = _find_verifier(verifier, config, reach)
     replicas = reach(where)
     policy = RemotePolicy(replicas, where.model, boundaries=boundaries, tokenizer=tokenizer, template=template)
     settings = {"boundaries": tuple(boundaries), "tokenizer": tokenizer, "template": template}
@@ -180,7 +183,7 @@ def connect(
 
 
 def _find_verifier(
-    verifier: Scorer | str | None, reach: Callable[[Address], Replicas]
+    verifier: Scorer | str | None, config: EngineConfig | None, reach: Callable[[Address], Replicas]
 ) -> tuple[Scorer | None, str | None, tuple[Callable[[], None], ...]]:
     """The verifier, its name for caches, and what closes it."""
     if verifier is None:
@@ -198,4 +201,4 @@ def _find_verifier(
         return judge, name, (judge.close,)
     from ets_engine.models import PrmScorer  # it loads torch
 
-    return PrmScorer.from_pretrained(verifier), verifier, ()
+    return PrmScorer.from_pretrained(verifier, config), verifier, ()

@@ -120,8 +120,8 @@ def certainties(logits: torch.Tensor) -> torch.Tensor:
     distribution, no upper bound, infinite where a token is ruled out.
 
     Example:
-        >>> certainties(torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 1.0]])).round(decimals=2).tolist()
-        [0.0, 3.33]
+        >>> certainties(torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 1.0]])).round().tolist()
+        [0.0, 3.0]
     """
     logits = logits.float()
     return (logits.logsumexp(-1) - logits.mean(-1)) / math.log(logits.shape[-1]) - 1.0

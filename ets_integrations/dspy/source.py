@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ets_engine.protocols import SearchService
+from ets_engine.registry import registered_service
 from ets_engine.scorers import Scorer
-from ets_engine.services import find_service, registered_service
+from ets_engine.services import find_service
 from ets_integrations.dspy.coalesce import Flights
 from ets_integrations.settings import verifier_name
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoModelForTokenClassification, LlamaConfig, Qwen2Config
 
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, ETSError, ModelLoadError, UnsupportedModelError
 from ets_engine.models import PrmScorer, TrlFormat, detect_format, load_prm
 from ets_engine.reference import prm_path
+from ets_engine.runtime import load_weights, open_checkpoint
 from ets_engine.service import ETSEngine
 
 from .engines import save_policy
@@ -137,6 +138,14 @@ def test_a_model_without_the_head_of_a_given_format(kind: str, tmp_path: Path) -
     line = line_of(ModelLoadError, loading(path, verifier_format=kind))
     head = {"skywork": "v_head.summary.weight", "qwen": "score.0.weight", "trl": "score.weight"}[kind]
     assert f"as {kind!r}" in line and f"no weights for {head}" in line
+
+
+def test_heads_are_never_made_up(tmp_path: Path) -> None:
+    """Transformers would give a language model a random one, which judges at random."""
+    checkpoint = open_checkpoint(PUBLISHED["rlhflow"].save(tmp_path), on_cpu())
+    assert "no weights for score" in line_of(
+        ModelLoadError, lambda: load_weights(checkpoint, AutoModelForTokenClassification)
+    )
 
 
 @pytest.mark.parametrize(

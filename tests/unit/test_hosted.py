@@ -20,9 +20,9 @@ from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError, EngineClosedError, EngineError, ProtocolError
 from ets_engine.hosted import HostedEngine, ProposalRequest, cut_step
 from ets_engine.protocols import SearchService
+from ets_engine.registry import register_service
 from ets_engine.results import counted_kv
 from ets_engine.search import Beam
-from ets_engine.services import register_service
 from ets_engine.testing import hash_score
 from ets_engine.types import SearchEvent, SearchResult, Step, StopReason
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from ets_engine import services
+from ets_engine import registry
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, ModelLoadError
 from ets_engine.hosted import HostedEngine
 from ets_engine.protocols import SearchService
-from ets_engine.services import find_service, register_service, registered_service
+from ets_engine.registry import register_service, registered_service
+from ets_engine.services import find_service
 
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "_registered", {})
+    monkeypatch.setattr(registry, "_registered", {})
 
 
 def hosted(name: str) -> HostedEngine:

@@ -23,7 +23,7 @@ from ets_engine import errors
 from ets_engine.config import SearchConfig
 from ets_engine.hosted import HostedEngine, ProposalRequest
 from ets_engine.protocols import SearchService
-from ets_engine.services import register_service
+from ets_engine.registry import register_service
 from ets_engine.types import SearchResult, Step
 from ets_integrations.dspy import ETSLM
 

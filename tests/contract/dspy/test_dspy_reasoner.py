@@ -20,7 +20,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from ets_engine.errors import ConfigError
 from ets_engine.hosted import ProposalRequest
-from ets_engine.services import register_service
+from ets_engine.registry import register_service
 from ets_integrations.dspy import ETSLM, ETSPredict, ETSReasoner, PlainAdapter, as_verifier
 from ets_integrations.dspy.samples import _say_once
 
