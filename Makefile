@@ -14,6 +14,8 @@ VENV ?= .venv
 ENV ?= $(VENV)/.installed
 BIN := $(abspath $(VENV))/bin
 PYTEST_ARGS ?= -n 2
+# Its interpreter tests the kernel on a CPU; CUDA builds of torch bring their own.
+TRITON ?= 3.6.0
 
 STORY := Some friends compare what they have. Compared with Zoe, Gia owns 17 more maps. Hugo has 10 maps. \
 	Ida has 30 maps. Compared with Hugo, Tess owns 9 times as many maps. Zoe has 49 maps. Compared with Tess, Sam owns \
@@ -47,4 +49,5 @@ bench: $(ENV)
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet triton==$(TRITON)
 	touch $@

@@ -2,8 +2,13 @@
 
 Samples solutions of generated problems from the shipped policy, labels every step exactly, fits a logistic regression
 on the mean hidden state of each step, and says how well it tells right steps from wrong ones on held-out problems,
-beside what the policy's own sureness tells. The file is then a verifier by name:
+beside what the policy's own sureness tells: over all steps, and among steps of one depth, which is all that a selector
+ever compares. The file is then a verifier by name:
 `ETSEngine.from_pretrained("reference", "probe:probe.safetensors")`. Takes a few minutes on two CPU cores.
+
+With the defaults the probe's AUC is 0.81 (0.73 at one depth), log-probability's 0.76 (0.87), self-certainty's 0.72
+(0.77): here the shipped PRM stays the verifier to take. On the state of a step's last token but one, instead of the
+mean, a probe reaches 0.74 (0.63).
 
     python cookbook/train_probe.py --problems 120 --out probe.safetensors
 """
@@ -104,6 +109,18 @@ def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
     return float((ranks[is_right].sum() - right * (right + 1) / 2) / (right * wrong)) if right and wrong else np.nan
 
 
+def auc_at_depth(scores: Sequence[float], rollouts: Rollouts) -> float:
+    """Mean of `auc` within each depth, by steps; NaN where no depth has both kinds."""
+    depths = np.array([len(path) for path in rollouts.paths])
+    found: list[tuple[float, int]] = []
+    for depth in np.unique(depths):
+        here: list[int] = np.flatnonzero(depths == depth).tolist()
+        value = auc([scores[place] for place in here], [rollouts.labels[place] for place in here])
+        if not np.isnan(value):
+            found.append((value, len(here)))
+    return sum(value * size for value, size in found) / sum(size for _, size in found) if found else np.nan
+
+
 def main() -> None:
     """Sample, fit, save, and report on problems that the fit did not see."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,7 +140,8 @@ def main() -> None:
     probe.save(options.out)
     print(f"{len(seen.labels)} steps to fit, {np.mean(seen.labels):.0%} of them right; {len(unseen.labels)} held out")
     for name, scorer in (("probe", probe), ("log-probability", LogProb()), ("self-certainty", SelfCertainty())):
-        print(f"{name:16} AUC {auc(scorer.score_evidence(unseen.paths), unseen.labels):.3f}")
+        scores = scorer.score_evidence(unseen.paths)
+        print(f"{name:16} AUC {auc(scores, unseen.labels):.3f}, at one depth {auc_at_depth(scores, unseen):.3f}")
     print(f"wrote {options.out}: verifier='probe:{options.out}'")
 
 

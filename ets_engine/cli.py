@@ -172,8 +172,8 @@ def solve(
         }
         config = _search_config({name: value for name, value in settings.items() if value is not None})
         text = _read_problem(problem)
-        _check_models(text, model, verifier)
         engine = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
+        _check_models(text, model, verifier, engine)
         result = _search(text, config, interrupts, model, verifier, engine)
         _show(result, as_json=json, tree=tree)
         if result.answer is None:
@@ -224,17 +224,28 @@ def _read_problem(problem: str) -> str:
     return text.strip()
 
 
-def _check_models(text: str, model: str, verifier: str | None) -> None:
-    """Refuse at once what the engine would refuse after loading the models.
+def _check_models(text: str, model: str, verifier: str | None, engine: EngineConfig) -> None:
+    """Refuse at once what the engine would refuse after loading the models, and what would have no effect.
 
     Raises:
-        ConfigError: A model of the caller's needs a verifier.
+        ConfigError: A model of the caller's needs a verifier, or an option has no effect on one behind a server.
         ReferenceDomainError: The shipped models do not know this kind of problem.
     """
+    from ets_engine.config import REMOTE
     from ets_engine.reference import REFERENCE, check_domain
 
     if model == REFERENCE:
         check_domain(text)
+    elif model.startswith(REMOTE):  # the address is not repeated, it may hold a password
+        if engine.preset != "auto":
+            raise ConfigError("--preset has no effect on a server's model: its server decides the prompt; leave it out")
+        if verifier is None:
+            raise ConfigError(
+                "--model openai:... needs something that scores its steps: pass --verifier, a PRM's name, "
+                "judge:openai:URL#model or pooling:openai:URL#model"
+            )
+        if engine.verifier_format != "auto" and verifier.startswith(("judge:", "pooling:")):
+            raise ConfigError("--verifier-format has no effect on a server's model: leave it out")
     elif verifier is None:
         raise ConfigError(
             f"--model {model} needs something that scores its steps: pass --verifier, a PRM's name or logprob"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from ets_engine.errors import ConfigError
 
@@ -24,6 +25,9 @@ Strategy = Literal[
 Reduce = Literal["last", "min", "prod", "mean"]
 Vote = Literal["best", "majority", "weighted"]
 VerifierFormat = Literal["auto", "math_shepherd", "llemma", "rlhflow", "skywork", "qwen", "trl"]
+
+REMOTE = "openai:"
+"""What the name of a model behind OpenAI-compatible servers begins with."""
 
 
 class Config(BaseModel):
@@ -155,3 +159,28 @@ class EngineConfig(Config):
     embedder: str | None = None
     load_options: dict[str, JsonValue] = {}
     verifier_load_options: dict[str, JsonValue] = {}
+
+    @field_validator("load_options", "verifier_load_options")
+    @classmethod
+    def _in_one_order(cls, options: dict[str, JsonValue]) -> JsonValue:
+        """Equal options are written alike, so that equal settings have one fingerprint."""
+        return _sorted(options)
+
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Which of these settings are not the usual ones, for names and messages.
+
+        Example:
+            >>> EngineConfig(dtype="float64", preset="plain").changed(["preset", "embedder", "dtype"])
+            ["preset='plain'", "dtype='float64'"]
+        """
+        usual = EngineConfig()
+        return [
+            f"{name}={_sorted(getattr(self, name))!r}" for name in names if getattr(self, name) != getattr(usual, name)
+        ]
+
+
+def _sorted(value: JsonValue) -> JsonValue:
+    """The same value with the keys of all its mappings in alphabetical order."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(one) for one in value] if isinstance(value, list) else value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack, runtime_checkable
 
 from ets_engine.config import SearchConfig
 from ets_engine.messages import Message, Prompt
-from ets_engine.scorers import Scorer
+from ets_engine.scorers import EvidenceScorer, Scorer
 from ets_engine.types import LeafVerdict, SearchEvent, SearchResult, Step
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ class SearchOptions(TypedDict, total=False):
     """What a search may be given besides its problem and its settings.
 
     Attributes:
-        verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the service's own verifier.
+        verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the service's own verifier; an
+            `EvidenceScorer` only where the service runs the policy itself.
         selector: Decides which leaves live, instead of the one that `config.strategy` names; it holds up everybody.
         view: How solution texts map to answers, instead of the service's own.
         tools: Functions that the policy may call, as JSON schemas in OpenAI's layout; nothing calls them here.
@@ -157,7 +158,7 @@ class SearchOptions(TypedDict, total=False):
             never searched.
     """
 
-    verifier: Scorer | None
+    verifier: Scorer | EvidenceScorer | None
     selector: Selector | None
     view: StepView | None
     tools: Sequence[Message]

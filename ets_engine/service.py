@@ -12,12 +12,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
 from typing import Unpack
 
-from ets_engine.config import EngineConfig, SearchConfig
+from ets_engine.config import REMOTE, EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, EngineError
 from ets_engine.messages import Prompt, last_user_text, problem_text, to_messages
-from ets_engine.models import PolicyFormat, PrmFormat, SentenceEmbedder, find_intrinsic, load_prm
+from ets_engine.models import PolicyFormat, Preset, PrmFormat, Probe, SentenceEmbedder, find_intrinsic, load_prm
 from ets_engine.models.formats import encode
-from ets_engine.models.presets import find_preset
+from ets_engine.models.presets import check_preset, find_preset
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, check_options
 from ets_engine.reference import REFERENCE, check_domain, policy_path
 from ets_engine.runtime import Runner, StepDecoder, load_causal_lm
@@ -32,6 +32,7 @@ Key = tuple[str, str | None, EngineConfig]
 
 # Settings of an engine that decide answers, so that its name says them.
 _DECIDING = "dtype preset verifier_format step_separator embedder load_options verifier_load_options".split()
+_SERVED = (REMOTE, "judge:", "pooling:")  # what verifiers behind servers begin with
 _IN_FLIGHT = 256  # searches of one `search_many` that are submitted at a time
 
 _registry: weakref.WeakValueDictionary[Key, ETSEngine] = weakref.WeakValueDictionary()
@@ -85,7 +86,7 @@ class ETSEngine:
         self._key = key
         self._name = f"engine-{uuid.uuid4().hex}"
         if key is not None:
-            self._name = _name(*key)
+            self._name = _name(key[0], getattr(verifier, "id", key[1]), key[2])
         self._own = verifier if isinstance(verifier, EvidenceScorer) else None
         prm = None if isinstance(verifier, EvidenceScorer) else verifier
         self._has_verifier = verifier is not None
@@ -110,7 +111,12 @@ class ETSEngine:
 
     @classmethod
     def from_pretrained(
-        cls, model: str = REFERENCE, verifier: str | None = None, config: EngineConfig | None = None
+        cls,
+        model: str = REFERENCE,
+        verifier: str | None = None,
+        config: EngineConfig | None = None,
+        *,
+        preset: Preset | None = None,
     ) -> ETSEngine:
         """Load a policy and its verifier.
 
@@ -121,13 +127,19 @@ class ETSEngine:
                 "probe:FILE", a head on its hidden states. None takes the shipped one for the shipped policy; another
                 policy then needs `search(..., verifier=function)`.
             config: Where and how they run.
+            preset: The policy's prompt, step boundary and answers, where no preset that `EngineConfig.preset` can name
+                fits; such an engine cannot be pickled.
 
         Raises:
             ModelLoadError: A model cannot be loaded, or its architecture cannot be honoured.
-            ConfigError: The shipped PRM is asked to judge another model, or a device is absent.
+            ConfigError: The shipped PRM is asked to judge another model, a device is absent, there is no such preset,
+                or a probe was trained on a policy of another width.
         """
         config = config or EngineConfig()
-        key = (model, verifier, config)
+        if preset is not None and config.preset != "auto":
+            raise ConfigError(f"preset={preset.name!r} and EngineConfig.preset={config.preset!r}: give one of them")
+        check_preset(config.preset)
+        key = (model, verifier, config) if preset is None else None
         own = model == REFERENCE
         if verifier is None and own:
             verifier = REFERENCE
@@ -136,12 +148,19 @@ class ETSEngine:
                 f"verifier={verifier!r} only knows the problems of model='reference', not {model!r}'s; pass a PRM, or "
                 "a function to search(..., verifier=function)"
             )
+        if verifier is not None and verifier.startswith(_SERVED):
+            raise ConfigError(
+                f"verifier={verifier!r} goes with a policy behind a server, model='openai:...'; here pass a PRM, "
+                "logprob, or to search(..., verifier=) a JudgeVerifier or PoolingVerifier of ets_engine.remote"
+            )
         intrinsic = None if verifier is None else find_intrinsic(verifier)
         embedder = None if config.embedder is None else SentenceEmbedder.from_pretrained(config.embedder, config)
         loaded, tokenizer = load_causal_lm(policy_path() if own else model, config)
+        if isinstance(intrinsic, Probe):
+            intrinsic.check_width(loaded.config.get_text_config(decoder=True).hidden_size)
         ended = _eos_ids(loaded.generation_config.eos_token_id, tokenizer.eos_token_id)
         policy = Runner(loaded, config, verify=not own)
-        shape = PolicyFormat.of(tokenizer, ended, find_preset(config.preset, model, tokenizer))
+        shape = PolicyFormat.of(tokenizer, ended, preset or find_preset(config.preset, model, tokenizer))
         judge: tuple[Runner, PrmFormat] | None = None
         if verifier is not None and intrinsic is None:
             judge = load_prm(verifier, config)
@@ -251,7 +270,11 @@ class ETSEngine:
             stop.is_left = True
 
     def search_many(
-        self, problems: Sequence[Prompt], config: SearchConfig | None = None, *, verifier: Scorer | None = None
+        self,
+        problems: Sequence[Prompt],
+        config: SearchConfig | None = None,
+        *,
+        verifier: Scorer | EvidenceScorer | None = None,
     ) -> list[SearchResult]:
         """Answer many problems together.
 
@@ -372,9 +395,7 @@ def get_engine(model: str = REFERENCE, verifier: str | None = None, config: Engi
 
 def _name(model: str, verifier: str | None, config: EngineConfig) -> str:
     """Of an engine: its models, and whatever else decides its answers."""
-    usual = EngineConfig()
-    changed = [f"{one}={getattr(config, one)!r}" for one in _DECIDING if getattr(config, one) != getattr(usual, one)]
-    return "+".join([model, *([] if verifier is None else [verifier]), *changed])
+    return "+".join([model, *([] if verifier is None else [verifier]), *config.changed(_DECIDING)])
 
 
 def _describe(runner: Runner, name: str | None, format: str, details: dict[str, str]) -> ModelDescription:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
-from ets_engine.config import EngineConfig
+from ets_engine.config import REMOTE, EngineConfig
 from ets_engine.protocols import SearchService
 from ets_engine.registry import look_up
 
 if TYPE_CHECKING:
     from ets_engine.remote import RemoteEngine
 
-REMOTE = "openai:"
-"""What the address of a model behind servers begins with."""
-
-_connected: dict[tuple[str, str | None, EngineConfig], RemoteEngine] = {}
+_connected: weakref.WeakValueDictionary[tuple[str, str | None, EngineConfig], RemoteEngine] = (
+    weakref.WeakValueDictionary()
+)
 _lock = threading.Lock()
 
 
@@ -43,11 +43,11 @@ def find_service(model: str, verifier: str | None = None, config: EngineConfig |
 
 
 def _find_connected(model: str, verifier: str | None, config: EngineConfig) -> SearchService:
-    from ets_engine.remote import connect
+    from ets_engine.remote import Address, connect
 
-    key = (model, verifier, config)
+    key = (Address.parse(model).name, verifier, config)
     with _lock:
         engine = _connected.get(key)
         if engine is None or engine.is_closed:
-            engine = _connected[key] = connect(model, verifier, config)
+            engine = _connected[key] = connect(*key, rebuild=(find_service, key))
         return engine

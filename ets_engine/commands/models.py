@@ -28,20 +28,21 @@ def models(
 ) -> None:
     """List presets, PRM formats, and the memory that known models take at a width, in bfloat16.
 
-    A search needs the weights and the KV of a policy and of a verifier. "KV at most" is with nothing shared.
+    A search needs the weights and the KV of a policy and of a verifier. "KV at most" is with nothing shared, "shared"
+    with so many path tokens per distinct one.
 
     Exit codes: 0 listed, 2 bad usage.
     """
     with one_line_errors():
         from rich.console import Console
 
-        for name, value, least in (("--width", width, 1), ("--tokens", tokens, 1), ("--sharing", sharing, 1)):
-            if value < least:
-                raise ConfigError(f"{name} {value:g}: give {least} or more")
+        for name, value in (("--width", width), ("--tokens", tokens), ("--sharing", sharing)):
+            _check_at_least_1(name, value)
         console = Console(highlight=False)
         console.print(_presets_table())
         for role in ("policy", "verifier"):
             console.print(_memory_table(role, width, tokens, sharing))
+            console.print()
 
 
 def check(
@@ -71,7 +72,10 @@ def check(
         from ets_engine.services import REMOTE
 
         if model.startswith(REMOTE):
-            raise ConfigError(f"--model {model}: it is loaded on its server; `ets solve` asks it, and says what fails")
+            raise ConfigError(  # the address is not repeated, it may hold a password
+                "--model openai:...: it is loaded on its server; `ets solve` asks it, and says what fails"
+            )
+        _check_at_least_1("--tokens", tokens)
         quiet_libraries(is_terminal=False)
         config = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
         asked = problem or ("Use 1, 3, 7 and 17 to make 22." if model == REFERENCE else CHECK_PROBLEM)
@@ -91,6 +95,11 @@ def check(
             fail(f"the trial search failed: {result.num_errors} branches with errors", EXIT_FAILURE)
 
 
+def _check_at_least_1(name: str, value: float) -> None:
+    if not 1 <= value < float("inf"):
+        raise ConfigError(f"{name} {value:g}: give 1 or more")
+
+
 def _presets_table() -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
@@ -106,23 +115,27 @@ def _presets_table() -> Table:
 
 
 def _memory_table(role: str, width: int, tokens: int, sharing: float) -> Table:
+    """Models by preset or format, whose names stay whole on 80 columns, to be copied from there."""
+    from itertools import groupby
+
     from rich.box import SIMPLE
     from rich.table import Table
 
     from ets_engine.catalog import KNOWN_MODELS
-    from ets_engine.terminal.words import size
+    from ets_engine.terminal.words import count, plural, size
 
-    plural = "Policies" if role == "policy" else "Verifiers"
-    title = f"{plural} at width {width}, paths of {tokens} tokens"
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
-    table.add_column("preset" if role == "policy" else "format")
-    for head in ("weights", "KV a token", "KV at most", f"KV shared {sharing:g} x"):
+    plurals, by = ("Policies", "preset") if role == "policy" else ("Verifiers", "format")
+    title = f"{plurals} by {by}, at width {count(width)} and paths of {plural(tokens, 'token')}"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, show_edge=False)
+    table.add_column("", overflow="fold")
+    for head in ("weights", "KV a\ntoken", "KV at\nmost", f"shared\n{sharing:g} x"):
         table.add_column(head, justify="right")
-    for one in KNOWN_MODELS:
-        if one.role == role:
+    known = [one for one in KNOWN_MODELS if one.role == role]
+    for format, models in groupby(known, key=lambda one: one.format):
+        table.add_row(format)
+        for one in models:
             most, shared = one.kv_bytes(width, tokens), one.kv_bytes(width, tokens, sharing)
-            table.add_row(one.name, one.format, *map(size, (one.weight_bytes, one.token_bytes, most, shared)))
+            table.add_row(f"  {one.name}", *map(size, (one.weight_bytes, one.token_bytes, most, shared)))
     return table
 
 
@@ -144,7 +157,7 @@ def _found_table(found: EngineDescription, tokens: int) -> Table:
 
 
 def _facts(one: ModelDescription, tokens: int) -> dict[str, str]:
-    from ets_engine.terminal.words import count, size
+    from ets_engine.terminal.words import count, plural, size
 
     tokens = min(tokens, one.context_tokens)
     width = one.width_that_fits(tokens)
@@ -153,18 +166,23 @@ def _facts(one: ModelDescription, tokens: int) -> dict[str, str]:
         "format": one.format,
         **one.details,
         "attention": one.attention,
-        "context": f"{one.context_tokens} tokens",
+        "context": plural(one.context_tokens, "token"),
         "weights": size(one.weight_bytes),
         "KV a token": size(one.kv_bytes_per_token),
-        "KV pool": "as memory allows" if one.kv_pool_tokens is None else f"{one.kv_pool_tokens} tokens",
-        "width that fits": "as memory allows" if width is None else f"{width} paths of {tokens} tokens, nothing shared",
+        "KV pool": "as memory allows" if one.kv_pool_tokens is None else plural(one.kv_pool_tokens, "token"),
+        "width that fits": "as memory allows"
+        if width is None
+        else f"{plural(width, 'path')} of {plural(tokens, 'token')}, nothing shared",
     }
 
 
 def _trial(result: SearchResult) -> str:
+    from ets_engine.terminal.words import one_line, plural, seconds
+
+    finished = plural(result.trajectories, "trajectory", "trajectories")
     shared = "" if result.kv is None else f"sharing {result.kv.sharing_ratio:.2f}, "
-    answer = "no answer" if result.answer is None else f"answer {result.answer}"
+    answer = "no answer" if result.answer is None else f"answer {one_line(result.answer)}"
     return (
-        f"Trial search: {answer}, {result.trajectories} trajectories finished, best path of {len(result.steps)} steps, "
-        f"{shared}{result.timing.wall_s:.2f} s"
+        f"Trial search: {answer}, {finished} finished, best path of {plural(len(result.steps), 'step')}, "
+        f"{shared}{seconds(result.timing.wall_s)}"
     )

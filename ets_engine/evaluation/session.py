@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ets_engine.config import EngineConfig, SearchConfig
+from ets_engine.config import REMOTE, EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError
 from ets_engine.evaluation.bench import Bench, OnResult, check_counts
 from ets_engine.evaluation.grading import Mode
@@ -68,6 +68,10 @@ class Plan:
         methods = methods_of(self.strategies, self.widths)
         for method in methods:
             method.check(self.base)
+        if self.model.startswith(REMOTE):  # the address is not repeated, it may hold a password
+            raise ConfigError(
+                "model='openai:...' is loaded on its server: a bench measures models that are loaded here, name one"
+            )
         if self.model != REFERENCE and self.verifier is None:
             raise ConfigError(f"model={self.model!r} needs a model that scores its steps: name a verifier")
         widths = {method.width for method in methods if method.strategy == "best_of_n"}

@@ -86,7 +86,7 @@ class TreeLayout:
         last_index: Each row's last new token. Shape [B].
         num_rows, num_queries: B and Q.
         distinct_tokens: Distinct tokens whose K/V a layer reads.
-        windowed: By window (tokens), the layout for layers that see no farther; this one where nothing is hidden.
+        windowed: By window (tokens), the layout for layers that see no farther; None where nothing is hidden.
     """
 
     position_ids: torch.Tensor
@@ -102,11 +102,14 @@ class TreeLayout:
     num_rows: int
     num_queries: int
     distinct_tokens: int
-    windowed: Mapping[int, TreeLayout] = field(default_factory=dict)
+    windowed: Mapping[int, TreeLayout | None] = field(default_factory=dict)
 
     def within(self, window: int | None) -> TreeLayout:
-        """The layout for layers that see through a window of so many tokens, None = that see whole paths."""
-        return self if window is None else self.windowed[window]
+        """The layout for layers that see through a window of so many tokens, None = that see whole paths.
+
+        It is this very layout where the window hides nothing, so that what a pass derives from it serves all layers.
+        """
+        return self if window is None else self.windowed[window] or self
 
 
 class LayoutBuilder:
@@ -297,10 +300,17 @@ class LayoutBuilder:
             return layout
         return replace(layout, windowed={one: self._through(one, layout, positions, new) for one in self._windows})
 
-    def _through(self, window: int, layout: TreeLayout, positions: IntArray, new: IntArray) -> TreeLayout:
-        """The layout without what a window hides; `positions` of all new tokens [T], `new` tokens per row [B]."""
+    def _through(self, window: int, layout: TreeLayout, positions: IntArray, new: IntArray) -> TreeLayout | None:
+        """The layout without what a window hides, None where that is nothing.
+
+        Args:
+            window: Tokens that each new one sees, itself included.
+            layout: Of whole paths.
+            positions: Path position of each new token. Shape [T].
+            new: New tokens of each row. Shape [B].
+        """
         if int(positions.max()) < window:
-            return layout
+            return None
         segments, distinct = [], 0
         for run, whole in zip(self._runs, layout.segments, strict=True):
             if (cut := cut_run(run, positions, window)) is not None:

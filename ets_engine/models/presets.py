@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from ets_engine.answers import MathView, ReferenceView
 from ets_engine.errors import ConfigError
 from ets_engine.protocols import StepView
+from ets_engine.reference import REFERENCE
 
 STEP_MARK = "ки"
-"""Math-Shepherd's end of a step (arXiv 2312.08935), which its generators write and its PRM reads."""
+"""Math-Shepherd's end of a step (arXiv 2312.08935), which its generators write; its PRM and Llemma's read it."""
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 """Qwen2.5-Math's system prompt, and what the cards of Qwen3 and DeepSeek-R1 advise for mathematics."""
@@ -155,9 +156,8 @@ _QWEN3 = Preset(
 
 PRESETS: tuple[Preset, ...] = (
     Preset(
-        "reference",
+        REFERENCE,
         "the shipped policy",
-        checkpoint="reference",
         prompt="line",
         boundary=StepBoundary(ends=("\n",), tokens=48),
         view=ReferenceView(),
@@ -234,17 +234,18 @@ def find_preset(name: str, checkpoint: str, tokenizer: Tokenizer) -> Preset:
 
     Args:
         name: Of a preset; "auto" = what the checkpoint's name, else its chat template says, else "chat" or "plain".
-        checkpoint: Folder or hub name of the policy.
+        checkpoint: Folder or hub name of the policy; "reference" is the shipped one, "./reference" a folder.
         tokenizer: The policy's.
 
     Raises:
         ConfigError: There is no preset of this name, or it needs a chat template that the tokenizer lacks.
     """
+    check_preset(name)
     by_name = {preset.name: preset for preset in PRESETS}
     template = _text(tokenizer.chat_template)
+    if name == "auto" and checkpoint == REFERENCE:
+        return by_name[REFERENCE]
     if name != "auto":
-        if name not in by_name:
-            raise ConfigError(f"preset={name!r} is unknown; choose 'auto' or one of {', '.join(by_name)}")
         if by_name[name].prompt == "chat" and not template:
             raise ConfigError(f"preset={name!r} needs a chat template, and {checkpoint!r} has none; choose 'plain'")
         return by_name[name]
@@ -257,6 +258,17 @@ def find_preset(name: str, checkpoint: str, tokenizer: Tokenizer) -> Preset:
         if preset.marks and all(mark in template for mark in preset.marks):
             return preset
     return by_name["chat" if template else "plain"]
+
+
+def check_preset(name: str) -> None:
+    """Refuse a name that no preset has; nothing is loaded for that.
+
+    Raises:
+        ConfigError: There is no preset of this name.
+    """
+    names = [preset.name for preset in PRESETS]
+    if name not in ("auto", *names):
+        raise ConfigError(f"preset={name!r} is unknown; choose 'auto' or one of {', '.join(names)}")
 
 
 def _own_name(checkpoint: str) -> str:

@@ -17,12 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ets_engine.errors import ConfigError, ModelLoadError
 from ets_engine.models.formats import begin_ids, encode
-
-TAG = "ки"
-"""Ends every step for Math-Shepherd and Llemma's reward model."""
+from ets_engine.models.presets import BOXED, STEP_MARK
 
 QWEN_MARK = "<extra_0>"
-QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 class PrmFormat(Protocol):
@@ -159,12 +156,12 @@ class TagFormat:
         Raises:
             ModelLoadError: The tag is no token of its own.
         """
-        tag_ids = _ids_after(tokenizer, "a", f" {TAG}")
-        is_whole = bool(tag_ids) and str(tokenizer.decode(tag_ids[-1:])).strip() == TAG
-        starts = encode(tokenizer, TAG)
-        if not is_whole or any(encode(tokenizer, TAG + text)[: len(starts)] != starts for text in (" a", "\na")):
+        tag_ids = _ids_after(tokenizer, "a", f" {STEP_MARK}")
+        is_whole = bool(tag_ids) and str(tokenizer.decode(tag_ids[-1:])).strip() == STEP_MARK
+        starts = encode(tokenizer, STEP_MARK)
+        if not is_whole or any(encode(tokenizer, STEP_MARK + text)[: len(starts)] != starts for text in (" a", "\na")):
             raise ModelLoadError(
-                f"{type(tokenizer).__name__} has no token {TAG!r}, at which this format reads scores; load the "
+                f"{type(tokenizer).__name__} has no token {STEP_MARK!r}, at which this format reads scores; load the "
                 "tokenizer of the PRM's training, or pass another verifier_format"
             )
         return cls(tokenizer, tuple(tag_ids), kind)
@@ -177,7 +174,7 @@ class TagFormat:
     @property
     def details(self) -> str:
         """Where a step's score is read, and from what, for people."""
-        return f"at {TAG!r} after each step, " + (
+        return f"at {STEP_MARK!r} after each step, " + (
             "softmax of '+' and '-'" if self.kind == "math_shepherd" else "sigmoid of the mean logit"
         )
 
@@ -187,8 +184,8 @@ class TagFormat:
 
     def step_ids(self, step: str, *, is_first: bool) -> list[int]:
         """Ids that a step adds; the last one is the mark."""
-        text = step.strip().removesuffix(TAG).rstrip()
-        return [*_ids_after(self.tokenizer, TAG, f" {text}".rstrip() if is_first else f"\n{text}"), *self.tag_ids]
+        text = step.strip().removesuffix(STEP_MARK).rstrip()
+        return [*_ids_after(self.tokenizer, STEP_MARK, f" {text}".rstrip() if is_first else f"\n{text}"), *self.tag_ids]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -283,7 +280,7 @@ class QwenFormat:
                 f"{type(tokenizer).__name__} has no token {QWEN_MARK!r}, at which this format reads scores; load the "
                 "tokenizer of the PRM's training, or pass another verifier_format"
             )
-        turns = [("system", QWEN_SYSTEM), ("user", "<user0>"), ("assistant", "<assistant0>")]
+        turns = [("system", BOXED), ("user", "<user0>"), ("assistant", "<assistant0>")]
         head, to_answer, _ = _between(tokenizer, [{"role": role, "content": text} for role, text in turns])
         return cls(tokenizer, head, to_answer, mark[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,26 @@ class Probe:
         """Width of the policy that it reads."""
         return self.layers[0][0].shape[1]
 
+    @property
+    def id(self) -> str:
+        """Names what it computes: one that was trained again has another name, wherever its file lies."""
+        digest = hashlib.sha256(self.policy.encode())
+        for part in (part for layer in self.layers for part in layer):
+            digest.update(str(part.shape).encode() + np.ascontiguousarray(part, dtype=np.float32).tobytes())
+        return f"probe:{digest.hexdigest()[:12]}"
+
+    def check_width(self, hidden_size: int) -> None:
+        """Refuse the states of a policy that it was not trained on.
+
+        Raises:
+            ConfigError: The policy has another width.
+        """
+        if hidden_size != self.hidden_size:
+            raise ConfigError(
+                f"the probe reads {self.hidden_size} hidden units of policy={self.policy!r}, this policy has "
+                f"{hidden_size}; train one for it"
+            )
+
     def score_evidence(self, paths: Sequence[Sequence[StepEvidence]]) -> list[float]:
         """Of the last step of each path, whatever the steps above it.
 
@@ -68,11 +89,7 @@ class Probe:
             ConfigError: The policy has another width.
         """
         states = np.stack([path[-1].hidden_mean for path in paths]).astype(np.float64)  # [L, hidden]
-        if states.shape[1] != self.hidden_size:
-            raise ConfigError(
-                f"the probe reads {self.hidden_size} hidden units of policy={self.policy!r}, this policy has "
-                f"{states.shape[1]}; train one for it"
-            )
+        self.check_width(states.shape[1])
         last = len(self.layers) - 1
         for place, (weight, bias) in enumerate(self.layers):
             states = states @ weight.T.astype(np.float64) + bias

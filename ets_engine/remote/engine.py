@@ -199,6 +199,12 @@ def _find_verifier(
         name = f"{verifier.partition(':')[0]}:{at.name}"
         judge = make(reach(at), at.model, id=name)
         return judge, name, (judge.close,)
-    from ets_engine.models import PrmScorer  # it loads torch
+    from ets_engine.models import PrmScorer, find_intrinsic  # they load torch
+
+    if find_intrinsic(verifier) is not None:
+        raise ConfigError(
+            f"verifier={verifier!r} reads what the policy computes as it writes, which no server tells; give "
+            "judge:openai:..., pooling:openai:..., a PRM to be run here, or a function"
+        )
 
     return PrmScorer.from_pretrained(verifier, config), verifier, ()

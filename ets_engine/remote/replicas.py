@@ -118,7 +118,8 @@ class Replicas:
         Args:
             path: As in `Server.post`.
             body: To be sent.
-            prefixes: What names the KV that the request shares with others, most specific first.
+            prefixes: What names the KV that the request shares with others, most specific first; `digest` keeps the
+                names of long texts short, as very many are remembered.
             load: Branches that it asks for (count).
             retries: Instead of the usual number.
 
@@ -212,6 +213,11 @@ class Replicas:
             if error.is_down:
                 return
         due.down_until_s = 0.0
+
+
+def digest(text: str) -> str:
+    """A short name of a text, any text: a lone surrogate has one as well."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def _rank(prefix: str, url: str) -> bytes:

@@ -104,7 +104,9 @@ class Server:
             found = None
         if not isinstance(found, dict):
             raise ServerError(
-                f"{self._where(path)} answered no JSON object: {self._clean(response.text)!r}", status=200
+                f"{self._where(path)} answered no JSON object: {self._clean(response.text)!r}; give the address of an "
+                "OpenAI-compatible server, http://host:8000/v1 for instance",
+                status=200,
             )
         return found
 
@@ -134,13 +136,21 @@ class Server:
         except httpx.TimeoutException:
             waited_s = self._timeout_s if timeout_s is None else timeout_s
             raise ServerError(
-                f"{where} did not answer within {waited_s:g} s", is_retryable=True, is_down=True
+                f"{where} did not answer within {waited_s:g} s; look at its log, or raise timeout_s",
+                is_retryable=True,
+                is_down=True,
             ) from None
         except (httpx.RequestError, httpx.InvalidURL) as error:  # refused, reset, closed half-way
             said = self._clean(f"{type(error).__name__}: {error}")
-            raise ServerError(f"{where} broke off: {said}", is_retryable=True, is_down=True) from None
-        except UnicodeEncodeError:
-            raise ServerError(f"{where}: {self._api_key_env} holds a key that no header can hold") from None
+            way_out = "; start the server, or correct the address" if isinstance(error, httpx.ConnectError) else ""
+            raise ServerError(f"{where} broke off: {said}{way_out}", is_retryable=True, is_down=True) from None
+        except UnicodeEncodeError as error:
+            if key and not key.isascii():
+                raise ServerError(f"{where}: {self._api_key_env} holds a key that no header can hold") from None
+            lone = error.object[error.start : error.end]
+            raise ServerError(
+                f"{where}: the request holds {lone!a:.20}, half a character, which UTF-8 cannot say; take it out of the text"
+            ) from None
         if response.status_code < 300:
             return response
         raise self._refusal(where, response)
@@ -152,6 +162,8 @@ class Server:
             message = f"{where} redirects, and redirects are not followed; give the final address"
         elif status == 401:
             message += f"; put a valid key into the environment variable {self._api_key_env}"
+        elif status == 404:
+            message += f"; look at {self.url}/models for the names of its models"
         return ServerError(
             message,
             status=status,

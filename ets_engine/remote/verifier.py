@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ets_engine.errors import ConfigError
 from ets_engine.remote.address import Address
-from ets_engine.remote.replicas import Replicas
+from ets_engine.remote.replicas import Replicas, digest
 from ets_engine.remote.server import ServerError
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,7 +50,11 @@ LAYOUTS: Mapping[str, PrmLayout] = {
     ),
     "lines": PrmLayout("{problem}\n", "\n"),
 }
-"""By name: "qwen" is Qwen2.5-Math-PRM's chat with `<extra_0>` marks; "lines" is TRL's and Skywork's, a step a line."""
+"""By name: "qwen" is Qwen2.5-Math-PRM's chat with `<extra_0>` marks; "lines" is a step a line.
+
+"lines" is only for tokenizers that never join the separator to the text before it. Qwen's make one token of ".\n", while
+Skywork and TRL trained their PRMs on a newline of its own, appended as a token, which no text can ask a server for.
+"""
 
 _CHUNK = 32  # paths of one request
 
@@ -67,7 +71,7 @@ class PoolingVerifier:
     Args:
         replicas: Of the PRM.
         model: Its name there.
-        layout: A name in `LAYOUTS` or one of your own, None = the one that the model's name tells.
+        layout: A name in `LAYOUTS` or one of your own, None = the one that the model's name tells, as Qwen's do.
         endpoint: "pooling" is `/pooling` at the server's root, "classify" is `/classify` there.
         id: Names it in caches.
 
@@ -106,7 +110,8 @@ class PoolingVerifier:
 
         def ask(chunk: list[str]) -> list[float]:
             body = {"model": self._model, "input": chunk}
-            reply = self._replicas.post(f"^/{self._endpoint}", body, prefixes=(problem,), load=len(chunk))
+            prefixes = digest("".join(chunk)), digest(problem)
+            reply = self._replicas.post(f"^/{self._endpoint}", body, prefixes=prefixes, load=len(chunk))
             rows = reply.get("data")
             if not isinstance(rows, list) or len(rows) != len(chunk):
                 found = len(rows) if isinstance(rows, list) else "no"
@@ -142,7 +147,7 @@ class PoolingVerifier:
         return 1 / (1 + math.exp(gap)) if gap < 700 else 0.0
 
 
-_LAYOUT_OF = (("qwen2.5-math-prm", "qwen"), ("qwen2.5-math-7b-prm800k", "qwen"), ("skywork-o1-open-prm", "lines"))
+_LAYOUT_OF = (("qwen2.5-math-prm", "qwen"), ("qwen2.5-math-7b-prm800k", "qwen"))
 
 
 _ASK = (
@@ -188,7 +193,7 @@ class JudgeVerifier:
         self._log = _FirstOnly(f"the judge {model!r}")
 
     def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> list[float]:
-        """Mark of each path's last step, in [0, 1]; NaN where the judge fails, or says no number."""
+        """Mark of each path's last step, in [0, 1]; NaN where the judge fails, is cut off, or says no number."""
         found = self._replicas.map(lambda path: self._judge(problem, path), paths)
         return [self._log.dead(one, 1)[0] if isinstance(one, ServerError) else one for one in found]
 
@@ -207,11 +212,15 @@ class JudgeVerifier:
             "temperature": 0.0,
             "max_tokens": self._max_tokens,
         }
-        reply = self._replicas.post("/chat/completions", body, prefixes=(problem,))
+        reply = self._replicas.post("/chat/completions", body, prefixes=(digest(asked), digest(problem)))
         try:
-            said = reply["choices"][0]["message"]["content"]
-        except (LookupError, TypeError):
-            said = None
+            choice = reply["choices"][0]
+            said, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        except (LookupError, TypeError, AttributeError):
+            said, is_cut = None, False
+        if is_cut:  # a number in half a thought is no mark
+            why = f"its reply was cut off after {self._max_tokens} tokens; raise JudgeVerifier(max_tokens=)"
+            return self._log.dead(why, 1)[0]
         score = read_mark(said, self._scale) if isinstance(said, str) else None
         if score is None:
             return self._log.dead(f"{said!r:.100} holds no mark from 0 to {self._scale:g}", 1)[0]
@@ -221,29 +230,34 @@ class JudgeVerifier:
 _THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
 _MARKUP = re.compile(r"[*_`$]")
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/|out of|of)\s*(\d+(?:\.\d+)?)")
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
 
 
 def read_mark(said: str, scale: float) -> float | None:
     """A judge's mark as a share of the best one, in [0, 1]; None where there is none.
 
-    A fraction or a percentage says its own scale; else the last number counts. What was thought aloud does not.
+    The last fraction of `scale` or of 100 counts, else the last number, which may be a percentage. Other fractions are
+    the solution's. What was thought aloud does not count, and a thought without an end leaves no mark.
 
     Example:
         >>> [read_mark(said, 10) for said in ("7", "Score: 8/10.", "90 %", "Step 2 is fine, so **10**", "good", "11")]
         [0.7, 0.8, 0.9, 1.0, None, None]
+        >>> [read_mark(said, 10) for said in ("1/2 is right. 9", "It improves by 50%. Score: 2", "<think>It is 7 and")]
+        [0.9, 0.2, None]
     """
     said = _MARKUP.sub("", _THOUGHT.sub("", said))
-    if shares := _SHARE.findall(said):
-        mark, best = map(float, shares[-1])
-    elif percents := _PERCENT.findall(said):
-        mark, best = float(percents[-1]), 100.0
-    elif numbers := _NUMBER.findall(said):
-        mark, best = float(numbers[-1]), scale
-    else:
+    if "<think>" in said:
         return None
-    return mark / best if best > 0 and 0 <= mark <= best else None
+    shares = [(float(mark), float(best)) for mark, best in _SHARE.findall(said)]
+    marks = [share for share in shares if share[1] in (scale, 100.0)]
+    rest = _SHARE.sub(" ", said)
+    if not marks and (numbers := list(_NUMBER.finditer(rest))):
+        is_percent = rest[numbers[-1].end() :].lstrip().startswith("%")
+        marks = [(float(numbers[-1].group()), 100.0 if is_percent else scale)]
+    if not marks:
+        return None
+    mark, best = marks[-1]
+    return mark / best if 0 <= mark <= best else None
 
 
 class _FirstOnly:

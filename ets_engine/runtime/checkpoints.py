@@ -31,12 +31,16 @@ _DECIDED = {
     "device_map": "set EngineConfig.device",
     "use_safetensors": "weights are always *.safetensors",
     "output_loading_info": "missing weights are always an error",
+    "ignore_mismatched_sizes": "weights that do not fit are always an error",
     "attn_implementation": "models always run on tree attention",
     "config": "name the fields to change instead, e.g. sliding_window=null",
     "state_dict": "save the weights in a folder and name that",
+    "token": "set the environment variable HF_TOKEN, so that no name or message holds it",
+    "use_auth_token": "set the environment variable HF_TOKEN, so that no name or message holds it",
+    "proxies": "set the environment variable HTTPS_PROXY, so that no name or message holds its password",
 }
 # Those that say where files are, which config and tokenizer must hear of too.
-_PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PLACES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +73,12 @@ class Checkpoint:
             if index := self._find("model.safetensors.index.json"):
                 shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
                 files = {shard: self._find(shard) for shard in set(shards.values())}
-                return {tensor: files[shard] or shard for tensor, shard in shards.items()}
+                if missing := sorted(shard for shard, file in files.items() if file is None):
+                    raise ModelLoadError(
+                        f"{self.name!r} lacks {missing[0]}, which its index of shards names; copy it there, or save "
+                        "the model again"
+                    )
+                return {tensor: str(files[shard]) for tensor, shard in shards.items()}
             if single := self._find("model.safetensors"):
                 with safe_open(single, framework="pt") as file:
                     return dict.fromkeys(file.keys(), single)

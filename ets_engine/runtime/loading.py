@@ -93,6 +93,7 @@ def load_weights(
                 use_safetensors=True,
                 trust_remote_code=checkpoint.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_check_weights` says which
                 **placed,
                 **checkpoint.options,
             )
@@ -102,19 +103,41 @@ def load_weights(
             f"the weights of {name!r} cannot be loaded as {auto.__name__}{given}: {first_line(error)}; "
             "they must be *.safetensors that fit the config"
         ) from error
-    replaced = HEADS if make_head else ()
-    missing = sorted(key for key in found["missing_keys"] if key.split(".")[0] not in replaced)
-    if missing:  # transformers would make up random ones
-        raise ModelLoadError(
-            f"{name!r} has no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}: it is no "
-            f"{type(model).__name__}; give the checkpoint of one"
-        )
+    _check_weights(name, model, found, has_own_head=make_head is None)
     try:
         if make_head is not None:
             _put_head(model, make_head(model).to(device))
         return (model if is_quantized else model.to(device)).eval()
     except torch.cuda.OutOfMemoryError as error:
         raise ModelLoadError(f"{name!r} does not fit on {device} in {dtype}: {first_line(error)}") from error
+
+
+def _check_weights(name: str, model: PreTrainedModel, found: dict[str, Any], *, has_own_head: bool) -> None:
+    """Refuse what transformers would load with weights that it made up, or without some that it was given.
+
+    Raises:
+        ModelLoadError: Weights are missing, do not fit the config, or are those of another kind of model.
+    """
+    ignored = () if has_own_head else HEADS
+    missing = sorted(key for key in found["missing_keys"] if key.split(".")[0] not in ignored)
+    if missing:
+        raise ModelLoadError(
+            f"{name!r} has no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}: it is no "
+            f"{type(model).__name__}; give the checkpoint of one"
+        )
+    misfits = sorted(sizes for sizes in found["mismatched_keys"] if sizes[0].split(".")[0] not in ignored)
+    if misfits:
+        key, stored, wanted = misfits[0]
+        raise ModelLoadError(
+            f"the weights of {name!r} do not fit its config: {key} is {list(stored)} and should be {list(wanted)}; "
+            "give config.json and *.safetensors of the same model"
+        )
+    foreign = sorted(key for key in found["unexpected_keys"] if key.split(".")[0] in HEADS)
+    if foreign and has_own_head:  # with tied embeddings nothing is missing
+        raise ModelLoadError(
+            f"{name!r} is a classifier, a PRM perhaps: a {type(model).__name__} has no {', '.join(foreign[:2])}; "
+            "give a language model here, and a PRM as the verifier"
+        )
 
 
 def _put_head(model: PreTrainedModel, head: torch.nn.Module) -> None:

@@ -135,7 +135,9 @@ def _figures(result: SearchResult, dot: str) -> Table:
         table.add_row("KV policy", *_kv(kv, dot))
     if result.verifier_kv is not None:
         table.add_row("KV verifier", *_kv(result.verifier_kv, dot))
-    table.add_row("Bandwidth", bandwidth(timing.bandwidth_gb_s), f"{size(timing.bytes_moved)} moved through memory")
+    if kv is None or kv.bytes_per_token:
+        moved = f"{size(timing.bytes_moved)} moved through memory"
+        table.add_row("Bandwidth", bandwidth(timing.bandwidth_gb_s), moved)
     parts = ("policy", timing.policy_s), ("verifier", timing.verifier_s), ("selection", timing.select_s)
     split = f" {dot} ".join(f"{name} {seconds(spent_s)}" for name, spent_s in parts)
     table.add_row("Time", seconds(timing.wall_s), split)
@@ -150,5 +152,8 @@ def _figures(result: SearchResult, dot: str) -> Table:
 
 
 def _kv(kv: KVStats, dot: str) -> tuple[str, str]:
-    peak, mean = f"{count(kv.peak_tokens)} tokens", f"mean {count(kv.mean_tokens)} tokens ({size(kv.mean_bytes)})"
-    return size(kv.peak_bytes), f"peak, {peak} {dot} {mean}"
+    """Peak and mean; in tokens alone where nobody here knows the bytes of one."""
+    peak, mean = f"{count(kv.peak_tokens)} tokens", f"mean {count(kv.mean_tokens)} tokens"
+    if not kv.bytes_per_token:
+        return peak, f"peak {dot} {mean}"
+    return size(kv.peak_bytes), f"peak, {peak} {dot} {mean} ({size(kv.mean_bytes)})"

@@ -60,6 +60,12 @@ class SearchSettings(BaseModel):
     _services: dict[str, SearchService] = PrivateAttr(default_factory=dict)  # by model: it stays loaded while we live
     _nonce: str = PrivateAttr(default_factory=lambda: secrets.token_hex(8))
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without what was loaded: a pickle names models, and whoever reads it finds its own."""
+        state = super().__getstate__()
+        private = {**(state["__pydantic_private__"] or {}), "_services": {}}
+        return {**state, "__pydantic_private__": private}
+
     def resolve_search(
         self, changes: Mapping[str, Any] | None = None, *, stop: Sequence[str] | None = None
     ) -> SearchConfig:

@@ -39,7 +39,9 @@ def run(code: list[str], **environment: str) -> str:
 
 def test_the_kernel_equals_the_specification_in_the_interpreter() -> None:
     """In a process of its own: Triton must find the variable when it is first imported, and others import it too."""
-    pytest.importorskip("triton")
+    found = pytest.importorskip("triton").__version__
+    if not found.startswith("3.6."):
+        pytest.skip(f"the interpreter of triton 3.6 is known to run the kernel, {found} has another")
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     output = run(["-m", "pytest", *options, str(CASES)], TRITON_INTERPRET="1")
     assert f"{len(kernel_cases.SMALL) + 1} passed" in output

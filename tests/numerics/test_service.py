@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
+import ets_engine.models.prm_loading
 import ets_engine.reference.shipped
 import ets_engine.service
 from ets_engine.config import EngineConfig, SearchConfig, Strategy
@@ -456,7 +457,7 @@ def test_contradictions_are_refused(engine: ETSEngine, folders: tuple[str, str],
     check_nothing_is_left(engine)
     with pytest.raises(ConfigError, match="only knows the problems of model='reference'"):
         ETSEngine.from_pretrained(folders[0], "reference", PAGES)
-    with pytest.raises(ModelLoadError, match="no weights for score"):
+    with pytest.raises(ModelLoadError, match="cannot tell which PRM this is"):
         ETSEngine.from_pretrained(folders[0], folders[0], PAGES)
     with pytest.raises(ModelLoadError, match="3 labels"):
         ETSEngine.from_pretrained(folders[0], save(tmp_path, tiny_prm("llama", num_labels=3)), PAGES)
@@ -474,7 +475,7 @@ def test_the_reference_engine_reads_its_own_problems_only(
 ) -> None:
     """Tiny models in the place of the shipped ones: what is around them is what is tested."""
     monkeypatch.setattr(ets_engine.service, "policy_path", lambda: folders[0])
-    monkeypatch.setattr(ets_engine.service, "prm_path", lambda: folders[1])
+    monkeypatch.setattr(ets_engine.models.prm_loading, "prm_path", lambda: folders[1])
     reference = ETSEngine.from_pretrained(config=PAGES)
     problem = "Use 4, 6, 10 and 19 to make 16."
     loose = "use 19, 10, 6 and  4 to make 16"

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from ets_engine import registry
+from ets_engine import registry, services
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, ModelLoadError
 from ets_engine.hosted import HostedEngine
 from ets_engine.protocols import SearchService
 from ets_engine.registry import register_service, registered_service
+from ets_engine.remote import RemoteEngine
+from ets_engine.service import ETSEngine, _name
 from ets_engine.services import find_service
 
 
@@ -107,3 +109,112 @@ def test_from_many_threads(names: list[str]) -> None:
     for thread in threads:
         thread.join(20)
     assert found == [True] * 400
+
+
+# ---------------------------------------------------------------------- models behind servers
+
+ADDRESS = "openai:http://127.0.0.1:9#m"  # connecting asks nothing, so nobody need be there
+
+
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, RemoteEngine]]:
+    """The engines over servers that this test made."""
+    made: dict[Any, RemoteEngine] = {}
+    monkeypatch.setattr(services, "_connected", made)
+    yield made
+    for engine in made.values():
+        engine.close()
+
+
+def test_there_is_one_engine_per_address_verifier_and_settings(connected: dict[Any, RemoteEngine]) -> None:
+    other = ADDRESS.replace(":9", ":10")
+    asked: list[tuple[Any, ...]] = [
+        (ADDRESS,),
+        (other,),
+        (ADDRESS, f"judge:{ADDRESS}"),
+        (ADDRESS, f"judge:{other}"),
+        (ADDRESS, None, EngineConfig(dtype="float64")),
+    ]
+    found = [find_service(*one) for one in asked]
+    assert all(isinstance(one, RemoteEngine) for one in found) and len({id(one) for one in found}) == len(asked)
+    assert [find_service(*one) for one in asked] == found
+    assert find_service(ADDRESS, None, EngineConfig()) is found[0], "the usual settings are those of nobody's choice"
+    assert len({one.name for one in found}) == len(asked) - 1, "how a PRM would run here decides nothing there"
+
+
+def test_a_closed_one_is_made_anew_and_the_others_stay(connected: dict[Any, RemoteEngine]) -> None:
+    first, judged = find_service(ADDRESS), find_service(ADDRESS, f"judge:{ADDRESS}")
+    assert isinstance(first, RemoteEngine)
+    first.close()
+    again = find_service(ADDRESS)
+    assert again is not first and isinstance(again, RemoteEngine) and not again.is_closed
+    assert (again.name, find_service(ADDRESS)) == (first.name, again)
+    assert find_service(ADDRESS, f"judge:{ADDRESS}") is judged
+
+
+def test_what_was_registered_comes_before_an_address(connected: dict[Any, RemoteEngine]) -> None:
+    mine = hosted("mine")
+    register_service(ADDRESS, mine)
+    assert find_service(ADDRESS) is mine and not connected
+
+
+def test_threads_that_ask_at_once_get_the_same_engine(connected: dict[Any, RemoteEngine]) -> None:
+    found: list[SearchService] = []
+    gate = threading.Barrier(8)
+
+    def work() -> None:
+        gate.wait(20)
+        found.append(find_service(ADDRESS))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 8 and len({id(one) for one in found}) == len(connected) == 1
+
+
+# ---------------------------------------------------------------------- names of engines
+
+# Every setting with another value than the usual one, and whether it decides answers: a new setting must be put here.
+CHANGES: dict[str, tuple[Any, bool]] = {
+    "device": ("cpu", False),
+    "dtype": ("float64", True),
+    "page_tokens": (4, False),
+    "kv_pool_tokens": (4096, False),
+    "kv_memory_fraction": (0.2, False),
+    "prefill_chunk_tokens": (64, False),
+    "prefix_cache_tokens": (0, False),
+    "max_queued_searches": (8, False),
+    "trust_remote_code": (True, False),
+    "preset": ("plain", True),
+    "verifier_format": ("trl", True),
+    "step_separator": ("\n\n", True),
+    "embedder": ("an/embedder", True),
+    "load_options": ({"revision": "main"}, True),
+    "verifier_load_options": ({"revision": "main"}, True),
+}
+
+
+@pytest.mark.parametrize("setting", sorted(EngineConfig.model_fields))
+def test_a_name_says_what_decides_answers_and_nothing_else(setting: str) -> None:
+    value, decides = CHANGES[setting]
+    usual, changed = _name("m", "v", EngineConfig()), _name("m", "v", EngineConfig(**{setting: value}))
+    assert usual == "m+v"
+    assert changed == (f"m+v+{setting}={value!r}" if decides else usual)
+
+
+def test_equal_settings_have_equal_names_and_others_have_not() -> None:
+    options = {"a": 1, "b": {"c": [2]}}
+    one = EngineConfig(dtype="float64", preset="plain", load_options=options, page_tokens=4)
+    two = EngineConfig(preset="plain", load_options={"b": {"c": [2]}, "a": 1}, dtype="float64")
+    assert _name("m", None, one) == _name("m", None, two) == f"m+dtype='float64'+preset='plain'+load_options={options}"
+    three = two.model_copy(update={"load_options": {"a": 1, "b": {"c": [3]}}})
+    names = [_name("m", None, two), _name("m", None, three), _name("m", "v", two), _name("n", None, two)]
+    assert len(set(names)) == len(names)
+
+
+def test_an_engine_bears_that_name() -> None:
+    config = EngineConfig(device="cpu", step_separator="\n", prefix_cache_tokens=0)
+    with ETSEngine.from_pretrained("reference", "reference", config) as engine:
+        assert engine.name == "reference+reference+step_separator='\\n'"

@@ -1,0 +1,231 @@
+"""`ets models`, `ets check`, and `ets solve` over a server: what they print, refuse and ask for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import ets_engine.remote
+from ets_engine import cli
+from ets_engine.catalog import KNOWN_MODELS
+from ets_engine.config import EngineConfig
+from ets_engine.models.presets import PRESETS
+from ets_engine.reference import policy_path
+from ets_engine.types import EngineDescription, SearchResult
+
+PROBLEM = "Use 1, 3, 7 and 17 to make 22."
+
+
+def ets(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words), env={"COLUMNS": "80"})
+
+
+def assert_fails(done: Result, code: int, *words: str) -> None:
+    """The exit code, nothing on standard output, one line on standard error that holds these words."""
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert done.stderr.startswith("ets: ") and done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+
+
+# ---------------------------------------------------------------------- ets models
+
+
+def test_presets_and_models_are_listed_within_80_columns() -> None:
+    done = ets("models")
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    firsts = {line.split()[0] for line in lines if line.strip()}
+    assert firsts >= {one.name for one in PRESETS} | {one.name for one in KNOWN_MODELS}, "no name is broken"
+
+
+@pytest.mark.parametrize(
+    ("options", "figures"),
+    [
+        pytest.param((), "15.2 GB 57.3 kB 940 MB 313 MB", id="as it is"),  # 16 * 1024 tokens of 57344 bytes
+        pytest.param(("--width", "64"), "15.2 GB 57.3 kB 3.76 GB 1.25 GB", id="width"),
+        pytest.param(("--tokens", "100"), "15.2 GB 57.3 kB 91.8 MB 30.6 MB", id="tokens"),
+        pytest.param(("--sharing", "1"), "15.2 GB 57.3 kB 940 MB 940 MB", id="nothing shared"),
+        pytest.param(
+            ("--width", "4", "--tokens", "10", "--sharing", "2.5"), "15.2 GB 57.3 kB 2.29 MB 918 kB", id="all three"
+        ),
+    ],
+)
+def test_memory_by_hand(options: tuple[str, ...], figures: str) -> None:
+    """28 layers x 2 x 4 KV heads x 128 numbers of 2 bytes = 57344 bytes a token; 7,615,616,512 weights of 2 bytes."""
+    lines = ets("models", *options).stdout.splitlines()
+    [row] = [line for line in lines if "Qwen/Qwen2.5-Math-7B-Instruct " in line]
+    assert " ".join(row.split()[1:]) == figures
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--width", "0"), ("--tokens", "-5"), ("--sharing", "0.5"), ("--sharing", "nan"), ("--sharing", "inf")],
+)
+def test_figures_below_1_are_refused(option: str, value: str) -> None:
+    assert_fails(ets("models", option, value), 2, f"{option} {value}: give 1 or more")
+
+
+# ---------------------------------------------------------------------- ets check
+
+
+def test_the_shipped_models_work_together() -> None:
+    done = ets("check", "--device", "cpu")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    text = " ".join(done.stdout.split())
+    for fact in (
+        "policy: model reference (LlamaForCausalLM, 2,483,328 parameters, float32 on cpu)",
+        "policy: format reference",
+        "policy: steps end with '\\n', have at most 48 tokens",
+        "policy: context 768 tokens policy: weights 9.93 MB policy: KV a token 4.61 kB",
+        "verifier: format trl",
+        "paths of 768 tokens, nothing shared",
+        "embedder the policy's own hidden states",
+        "Trial search: answer ",
+    ):
+        assert fact in text
+
+
+def test_json_is_what_was_found_and_nothing_else() -> None:
+    done = ets("check", "--device", "cpu", "--json")
+    assert (done.exit_code, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    found = EngineDescription.model_validate_json(done.stdout)
+    assert set(json.loads(done.stdout)) == set(EngineDescription.model_fields)
+    assert found.verifier is not None and (found.policy.format, found.verifier.format) == ("reference", "trl")
+
+
+def test_a_policy_may_judge_itself_or_be_alone() -> None:
+    found = EngineDescription.model_validate_json(ets("check", "--verifier", "logprob", "--json").stdout)
+    assert (found.verifier, found.verifier_name) == (None, "logprob")
+    done = ets("check", "--model", policy_path(), "--preset", "plain", "--problem", PROBLEM)
+    assert done.exit_code == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "policy: format plain" in text and "verifier none: each search brings a function" in text
+
+
+def test_paths_are_no_longer_than_the_context_of_their_model() -> None:
+    done = ets("check", "--device", "cpu", "--tokens", "100")
+    assert done.stdout.count("of 100 tokens, nothing shared") == 2
+    assert ets("check", "--device", "cpu", "--tokens", "5000").stdout.count("of 768 tokens, nothing shared") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        pytest.param(["--preset", "qwen9"], 2, "preset='qwen9' is unknown; choose 'auto' or", id="preset"),
+        pytest.param(["--preset", "qwen_math"], 2, "needs a chat template", id="chat template"),
+        pytest.param(["--verifier-format", "qwenn"], 2, "verifier_format='qwenn'", id="format"),
+        pytest.param(["--device", "quantum"], 2, "device='quantum' is unknown", id="device"),
+        pytest.param(["--tokens", "0"], 2, "--tokens 0: give 1 or more", id="tokens"),
+        pytest.param(["--problem", "2+2?"], 2, "the shipped reference models only know", id="problem"),
+        pytest.param(["--model", "no/such"], 1, "no model at 'no/such'", id="model"),
+        pytest.param(["--verifier", "no/such"], 1, "no model at 'no/such'", id="verifier"),
+        pytest.param(["--verifier", policy_path()], 1, "cannot tell which PRM this is", id="policy as verifier"),
+        pytest.param(["--model", "openai:http://me:secret@h#m"], 2, "`ets solve` asks it", id="server"),
+    ],
+)
+def test_what_is_wrong_is_one_line(options: list[str], code: int, said: str) -> None:
+    done = ets("check", *options)
+    assert_fails(done, code, said)
+    assert "secret" not in done.stderr
+
+
+# ---------------------------------------------------------------------- ets solve over a server
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Writes the same two lines for every prompt, and takes what vLLM takes."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path != "/v1/completions":
+            return self.reply(404, {})
+        lines = ["7-3=4 left 1 4 17\n", "Answer: 17+4+1\n"]
+        done = sum(line in body["prompt"] for line in lines)
+        choice = {"text": "".join(lines[done:]), "finish_reason": "stop", "stop_reason": None}
+        count = body.get("n", 1)
+        choices = [{"index": index, **choice} for index in range(count)]
+        return self.reply(200, {"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": 9 * count}})
+
+    def do_GET(self) -> None:
+        self.reply(404, {})
+
+    def reply(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Of a model behind a server on this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"openai:http://127.0.0.1:{server.server_port}/v1#m"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `connect` is asked for; a model without a tokenizer gets the problem on a line of its own."""
+    connect, seen = ets_engine.remote.connect, list[tuple[Any, ...]]()
+
+    def noting(*how: Any) -> Any:
+        seen.append(how)
+        return connect(*how, template="plain", retries=0)
+
+    monkeypatch.setattr(ets_engine.remote, "connect", noting)
+    return seen
+
+
+def test_an_address_reaches_its_server(address: str, asked: list[tuple[Any, ...]]) -> None:
+    done = ets("solve", PROBLEM, "--model", address, "--verifier", "reference", "--width", "2", "--json")
+    assert done.stderr == "" and asked == [(address, "reference", EngineConfig())]
+    result = SearchResult.model_validate_json(done.stdout)
+    assert (result.text, result.num_errors) == ("7-3=4 left 1 4 17\nAnswer: 17+4+1\n", 0)
+    assert 0 < result.score < 1, "the shipped PRM judged it"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        pytest.param(["--verifier", "logprob"], 2, "verifier='logprob' reads what the policy computes", id="logprob"),
+        pytest.param(["--verifier", "openai:http://h#m"], 2, "say what it is, judge:openai", id="judge or PRM"),
+        pytest.param([], 2, "pass --verifier", id="no verifier"),
+    ],
+)
+def test_what_cannot_judge_there_is_refused(
+    address: str, asked: list[tuple[Any, ...]], words: list[str], code: int, said: str
+) -> None:
+    assert_fails(ets("solve", "1+1?", "--model", address, *words), code, said)
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "said"),
+    [
+        pytest.param("openai:http://127.0.0.1:9/v1#m", 1, "start the server, or correct the address", id="nobody"),
+        pytest.param("openai:http://127.0.0.1", 2, "write openai:http://host:8000/v1#model-name", id="no model"),
+    ],
+)
+def test_a_server_that_is_not_there_is_one_line(asked: list[tuple[Any, ...]], model: str, code: int, said: str) -> None:
+    assert_fails(ets("solve", "1+1?", "--model", model, "--verifier", "reference"), code, said)
+
+
+def test_a_served_verifier_needs_a_served_policy() -> None:
+    done = ets("solve", PROBLEM, "--verifier", "judge:openai:http://h#m")
+    assert_fails(done, 2, "verifier='judge:openai:http://h#m' goes with a policy behind a server")

@@ -1,0 +1,41 @@
+"""Settings of an engine: what they are called, and that equal ones are equal everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ets_engine.config import EngineConfig, SearchConfig
+
+OPTIONS: dict[str, Any] = {
+    "revision": "main",
+    "quantization_config": {"load_in_4bit": True, "bits": [{"b": 1, "a": 2}]},
+}
+
+
+def reversed_order(value: Any) -> Any:
+    """The same value, its mappings written the other way round."""
+    if isinstance(value, dict):
+        return {key: reversed_order(value[key]) for key in reversed(value)}
+    return [reversed_order(one) for one in value] if isinstance(value, list) else value
+
+
+def test_equal_settings_are_one_key_however_their_mappings_are_written() -> None:
+    for name in ("load_options", "verifier_load_options"):
+        one, two = EngineConfig(**{name: OPTIONS}), EngineConfig(**{name: reversed_order(OPTIONS)})
+        assert one == two and hash(one) == hash(two) and one.fingerprint() == two.fingerprint()
+        assert one.fingerprint() != EngineConfig(**{name: OPTIONS | {"revision": "other"}}).fingerprint()
+
+
+def test_fingerprints_stay_what_they_were() -> None:
+    """They name results on disk."""
+    assert SearchConfig().fingerprint() == "5859c29be5e479c2"
+    assert EngineConfig(step_separator="\n", kv_pool_tokens=64).fingerprint() == "c927bf85d3c596d1"
+
+
+def test_what_was_changed_is_said_in_the_order_asked_for() -> None:
+    config = EngineConfig(dtype="float64", load_options=reversed_order(OPTIONS), page_tokens=4)
+    options = "{'quantization_config': {'bits': [{'a': 2, 'b': 1}], 'load_in_4bit': True}, 'revision': 'main'}"
+    assert config.changed(["load_options", "preset", "dtype"]) == [f"load_options={options}", "dtype='float64'"]
+    unsorted = config.model_copy(update={"load_options": {"b": 1, "a": 2}})  # which validates nothing
+    assert unsorted.changed(["load_options"]) == ["load_options={'a': 2, 'b': 1}"]
+    assert EngineConfig().changed(["preset", "load_options"]) == []
