@@ -86,7 +86,8 @@ class ETSEngine:
         self._key = key
         self._name = f"engine-{uuid.uuid4().hex}"
         if key is not None:
-            self._name = _name(key[0], getattr(verifier, "id", key[1]), key[2])
+            mark = f"#{verifier.fingerprint()}" if isinstance(verifier, Probe) else ""  # its file may be written anew
+            self._name = _name(key[0], key[1] and key[1] + mark, key[2])
         self._own = verifier if isinstance(verifier, EvidenceScorer) else None
         prm = None if isinstance(verifier, EvidenceScorer) else verifier
         self._has_verifier = verifier is not None

@@ -62,13 +62,12 @@ class Probe:
         """Width of the policy that it reads."""
         return self.layers[0][0].shape[1]
 
-    @property
-    def id(self) -> str:
-        """Names what it computes: one that was trained again has another name, wherever its file lies."""
+    def fingerprint(self) -> str:
+        """Short hash of its layers and policy: a probe that was trained again has another."""
         digest = hashlib.sha256(self.policy.encode())
         for part in (part for layer in self.layers for part in layer):
             digest.update(str(part.shape).encode() + np.ascontiguousarray(part, dtype=np.float32).tobytes())
-        return f"probe:{digest.hexdigest()[:12]}"
+        return digest.hexdigest()[:16]
 
     def check_width(self, hidden_size: int) -> None:
         """Refuse the states of a policy that it was not trained on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import httpx
 
@@ -23,7 +24,11 @@ from ets_engine.scorers import BatchScorer, Scorer
 from ets_engine.search import SearchTree
 from ets_engine.types import KVStats
 
+Rebuild = tuple[Callable[..., Any], tuple[Any, ...]]
+
 _DEFAULT_BOUNDARIES = ("\n\n",)
+_OF_PRM = ("dtype", "step_separator", "verifier_format", "verifier_load_options")  # settings that decide its scores
+_SECRET = ("token", "use_auth_token")  # of from_pretrained
 
 
 class RemoteEngine(HostedEngine):
@@ -39,6 +44,8 @@ class RemoteEngine(HostedEngine):
         replicas: Of the policy.
         policy: Asks them.
         closes: Called when it closes, the last search having ended.
+        rebuild: A function and its arguments, which make or find this engine again where it is unpickled; None = what
+            is registered under its name there.
         view, embedder, max_concurrent_searches: As in `HostedEngine`.
     """
 
@@ -51,6 +58,7 @@ class RemoteEngine(HostedEngine):
         replicas: Replicas,
         policy: RemotePolicy,
         closes: Sequence[Callable[[], None]] = (),
+        rebuild: Rebuild | None = None,
         view: StepView | None = None,
         embedder: Embedder | None = None,
         max_concurrent_searches: int = 64,
@@ -69,6 +77,11 @@ class RemoteEngine(HostedEngine):
         self._replicas = replicas
         self._policy = policy
         self._closes = tuple(closes)
+        self._rebuild = rebuild
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle how it is made or found again, else its name, as in `HostedEngine`."""
+        return super().__reduce__() if self._rebuild is None else self._rebuild
 
     def count_prompt(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
         """Tokens of a conversation as the model reads it, as exactly as they are known (count).
@@ -119,6 +132,7 @@ def connect(
     max_concurrent_searches: int = 64,
     view: StepView | None = None,
     embedder: Embedder | None = None,
+    rebuild: Rebuild | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> RemoteEngine:
     """The search service over a model that is served elsewhere; nothing is asked before the first search.
@@ -129,7 +143,7 @@ def connect(
             `pooling:openai:URL#model`, a PRM behind a pooling endpoint; a PRM to be run here, by folder or hub name or
             "reference"; None = every search brings its own, or is one that no score can change.
         config: How a PRM is run here; nothing else of it reaches a server.
-        boundaries: Texts that end a step.
+        boundaries: Texts that end a step; see `RemotePolicy` for what token ids make of them.
         tokenizer: The model's, by folder or hub name, for its chat template; not needed where the server has
             `/tokenize`, or the model's name is that of a cached or local one.
         template: For a model without a chat template: a text with `{problem}`, or "plain".
@@ -138,8 +152,10 @@ def connect(
         retries: More tries after a failed one (count).
         max_concurrent_requests: Most requests in flight (count), the verifier's aside.
         max_concurrent_searches: Searches that run at a time; more wait.
-        view: How texts map to answers.
+        view: How texts map to answers. For a model whose chat template opens a <think> section, as DeepSeek-R1's does,
+            give `MathView(in_thought=True)` of `ets_engine.answers`: no text tells that the prompt did.
         embedder: How differently steps reason; None compares their words.
+        rebuild: As in `RemoteEngine`.
         transport: Instead of the network.
 
     Raises:
@@ -169,6 +185,8 @@ def connect(
     settings = {"boundaries": tuple(boundaries), "tokenizer": tokenizer, "template": template}
     usual = {"boundaries": _DEFAULT_BOUNDARIES, "tokenizer": None, "template": None}
     shown = [f"{key}={value!r}" for key, value in settings.items() if value != usual[key]]
+    given = {"view": view, "embedder": embedder}
+    shown += [f"{key}={_name_of(value)}" for key, value in given.items() if value is not None]
     return RemoteEngine(
         where,
         scorer,
@@ -176,6 +194,7 @@ def connect(
         replicas=replicas,
         policy=policy,
         closes=(replicas.close, *closes),
+        rebuild=rebuild,
         view=view,
         embedder=embedder,
         max_concurrent_searches=max_concurrent_searches,
@@ -191,20 +210,27 @@ def _find_verifier(
     if not isinstance(verifier, str):
         if not (callable(verifier) or isinstance(verifier, BatchScorer)):
             raise ConfigError(f"verifier={verifier!r:.100}: give a function, a BatchScorer or a name")
-        known = getattr(verifier, "id", None)
-        return verifier, known if isinstance(known, str) else f"object:{uuid.uuid4().hex}", ()
+        return verifier, _name_of(verifier), ()
     served = parse_verifier(verifier)
     if served is not None:
         make, at = served
         name = f"{verifier.partition(':')[0]}:{at.name}"
         judge = make(reach(at), at.model, id=name)
         return judge, name, (judge.close,)
-    from ets_engine.models import PrmScorer, find_intrinsic  # they load torch
-
-    if find_intrinsic(verifier) is not None:
+    if verifier in ("logprob", "self_certainty") or verifier.startswith("probe:"):  # as `find_intrinsic` reads them
         raise ConfigError(
             f"verifier={verifier!r} reads what the policy computes as it writes, which no server tells; give "
             "judge:openai:..., pooling:openai:..., a PRM to be run here, or a function"
         )
+    from ets_engine.models import PrmScorer  # it loads torch
 
-    return PrmScorer.from_pretrained(verifier, config), verifier, ()
+    config = config or EngineConfig()
+    options = {key: value for key, value in config.verifier_load_options.items() if key not in _SECRET}
+    changed = config.model_copy(update={"verifier_load_options": options}).changed(_OF_PRM)
+    return PrmScorer.from_pretrained(verifier, config), "+".join([verifier, *changed]), ()
+
+
+def _name_of(given: object) -> str:
+    """What an object calls itself in names for caches; without that it is never taken for another."""
+    known = getattr(given, "id", None)
+    return known if isinstance(known, str) else f"object:{uuid.uuid4().hex}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,11 +27,12 @@ from ets_engine.remote.capabilities import (
     usage_of,
 )
 from ets_engine.remote.prompts import PromptWriter, RemotePrompt
-from ets_engine.remote.replicas import Replicas
+from ets_engine.remote.replicas import Replicas, digest
 from ets_engine.remote.server import ServerError
 from ets_engine.types import Step, StopReason
 
 _LOGGER = logging.getLogger(__name__)
+_FAILURE_KEPT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,10 @@ class _Branches:
 
     prompt: RemotePrompt
     children: tuple[int, ...]
-    path: tuple[Step, ...]
     max_tokens: int  # of the step
     is_last: bool  # whether the trajectory has no tokens left after so many
     prefixes: tuple[str, ...]
+    opening: str = ""  # white space that the steps began with, when it was all they were
 
 
 class RemotePolicy:
@@ -67,11 +70,13 @@ class RemotePolicy:
     A step ends with a boundary, and a solution with the model's end of text or one of `SearchConfig.stop`. Where the
     server neither names nor keeps the text that stopped it, the two look alike: steps are then sampled without stop
     texts up to `max_step_tokens` and cut here, which wastes what comes after the boundary; it is said once in the log.
+    White space up to a boundary is no step: the server is asked once more, below it, for the rest of one.
 
     Args:
         replicas: Of the model.
         model: Its name there.
-        boundaries: Texts that end a step.
+        boundaries: Texts that end a step. A step's text ends there; its token ids, which are what its children are sent
+            as, may reach beyond it, as the last token need not end where the server trims the text.
         tokenizer, template: As in `PromptWriter`.
 
     Raises:
@@ -96,16 +101,25 @@ class RemotePolicy:
         self._writer = PromptWriter(replicas, model, self.capabilities, tokenizer=tokenizer, template=template)
         self._lock = threading.Lock()
         self._known: Capabilities | None = None
+        self._failure: ServerError | None = None  # of the last probe, until it is old
+        self._failed_s = 0.0  # when, on the monotonic clock
 
     def capabilities(self) -> Capabilities:
         """What the server can do; asks it the first time.
 
         Raises:
-            ServerError: It cannot be asked.
+            ServerError: It cannot be asked. For a few seconds all others who ask are told so at once, so that not each
+                of them tries in its turn.
         """
         with self._lock:
             if self._known is None:
-                self._known = probe(self._replicas, self._model)
+                if self._failure is not None and time.monotonic() < self._failed_s + _FAILURE_KEPT_S:
+                    raise copy.copy(self._failure)
+                try:
+                    self._known = probe(self._replicas, self._model)
+                except ServerError as error:
+                    self._failure, self._failed_s = copy.copy(error), time.monotonic()
+                    raise
                 if self._known.stop == "silent":
                     _LOGGER.warning("the server of %r does not say what stops it; steps are cut here", self._model)
             return self._known
@@ -152,7 +166,7 @@ class RemotePolicy:
 
     def _group(self, request: ProposalRequest, able: Capabilities) -> list[_Branches]:
         root = self._writer.write(request.messages, request.tools)
-        home = _digest(json.dumps(root))
+        home = digest(json.dumps(root))
         found: list[_Branches] = []
         places = range(len(request.children))
         for _, group in groupby(places, key=lambda place: request.parents[place]):
@@ -160,15 +174,42 @@ class RemotePolicy:
             path, left = tuple(request.paths[siblings[0]]), request.tokens_left[siblings[0]]
             prompt = _extend(root, path)
             room = min(left, _room(prompt, able))
-            prefixes = (_digest(f"{home} {path[0].text}"), home) if path else (home,)
+            prefixes = (digest(f"{home} {path[0].text}"), home) if path else (home,)
             children = tuple(request.children[place] for place in siblings)
             max_tokens = min(room, request.config.max_step_tokens)
             together = able.choices and request.config.temperature > 0  # vLLM refuses n > 1 without sampling
             parts = [children] if together else [(child,) for child in children]
-            found += [_Branches(prompt, part, path, max_tokens, max_tokens == room, prefixes) for part in parts]
+            found += [_Branches(prompt, part, max_tokens, max_tokens == room, prefixes) for part in parts]
         return found
 
     def _ask(
+        self, branches: _Branches, config: SearchConfig, sampling: Mapping[str, Any], able: Capabilities
+    ) -> list[Step]:
+        """The steps of all children; those that are blank are gone on with once, the same ones together."""
+        steps = self._ask_once(branches, config, sampling, able)
+        blank: dict[Step, list[int]] = {}
+        for place, step in enumerate(steps):
+            if step.text and not step.text.strip() and step.stop is StopReason.BOUNDARY:
+                blank.setdefault(step, []).append(place)
+        for step, places in blank.items():
+            below = replace(
+                branches,
+                prompt=_extend(branches.prompt, (step,)),
+                children=tuple(branches.children[place] for place in places),
+                max_tokens=branches.max_tokens - step.num_tokens,
+                opening=step.text,
+            )
+            if below.max_tokens <= 0:
+                continue
+            try:
+                rests = self._ask_once(below, config, sampling, able)
+            except ServerError as error:
+                rests = [Step("", 0, StopReason.ERROR, str(error))] * len(places)
+            for place, rest in zip(places, rests, strict=True):
+                steps[place] = _join(step, rest)
+        return steps
+
+    def _ask_once(
         self, branches: _Branches, config: SearchConfig, sampling: Mapping[str, Any], able: Capabilities
     ) -> list[Step]:
         count = len(branches.children)
@@ -181,7 +222,7 @@ class RemotePolicy:
         if count > 1:
             body["n"] = count
         if able.seed:
-            body["seed"] = _seed(config.seed, branches.prefixes[-1], branches.children[0])
+            body["seed"] = _seed(config.seed, branches.prefixes[-1] + branches.opening, branches.children[0])
         if able.stop != "silent":
             body["stop"] = [*self._boundaries, *config.stop]
         reply = self._replicas.post(COMPLETIONS, body, prefixes=branches.prefixes, load=count)
@@ -222,7 +263,10 @@ class RemotePolicy:
         if able.stop == "told" and isinstance(named, str) and named not in text:
             text += named  # it was cut off
         end = self._end(text)
-        is_boundary = end is not None if able.stop != "told" else named in self._boundaries
+        if able.stop == "told":
+            is_boundary = named in self._boundaries
+        else:
+            is_boundary = end is not None or (able.stop == "kept" and text.endswith(self._boundaries))
         if able.stop == "silent" and end is not None and end < len(text):
             written = None if written is None else round(written * end / len(text))
             text, ids = text[:end], None  # the model's next step must not see what came after
@@ -245,6 +289,18 @@ class RemotePolicy:
         start = len(text) - len(text.lstrip())
         ends = [place + len(one) for one in self._boundaries if (place := text.find(one, start)) >= 0]
         return min(ends, default=None)
+
+
+def _join(begun: Step, rest: Step) -> Step:
+    """A step that came in two parts."""
+    if rest.stop is StopReason.ERROR:
+        return rest
+    ids = (*_ids(begun), *_ids(rest))
+    return TokenStep(begun.text + rest.text, begun.num_tokens + rest.num_tokens, rest.stop, token_ids=ids)
+
+
+def _ids(step: Step) -> tuple[int, ...]:
+    return step.token_ids if isinstance(step, TokenStep) else ()
 
 
 def _extend(root: RemotePrompt, path: Sequence[Step]) -> RemotePrompt:
@@ -288,7 +344,3 @@ def _seed(seed: int, home: str, node: int) -> int:
     searches with the same seed would otherwise draw the same numbers again and again.
     """
     return int.from_bytes(hashlib.sha256(f"{seed} {home} {node}".encode()).digest()[:4]) >> 1
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

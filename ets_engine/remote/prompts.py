@@ -20,6 +20,7 @@ RemotePrompt = str | tuple[int, ...]
 
 PLAIN = "{problem}\n"
 _PROBLEM = "{problem}"
+_THINK = "<think>"  # opens a thought; some templates do so themselves
 _KNOWN_PROMPTS = 512
 _TOKENIZE = "^/tokenize"
 
@@ -32,6 +33,9 @@ class PromptWriter:
     * a tokenizer of the model's own name that lies in the local cache; nothing is downloaded.
 
     With `template` it is neither: the last user turn in a text of the caller's.
+
+    A conversation that ends with an assistant's text is gone on with, as in `PolicyFormat.prompt_ids`: that text
+    follows what every reply follows, in ids of its own where ids are sent, with nothing of the end of a turn.
 
     Args:
         replicas: Of the model.
@@ -100,10 +104,20 @@ class PromptWriter:
         return self._ask(prompt=text, add_special_tokens=False) if self._by_server else None
 
     def count(self, text: str) -> int:
-        """Tokens of a text: exact with a local tokenizer, else a guess from its length."""
+        """Tokens of a text: exact with a local tokenizer, else a guess from its length.
+
+        Raises:
+            ModelLoadError: The tokenizer that was given cannot be loaded.
+        """
+        self._load_given()
         if self._tokenizer is None:
             return estimate_tokens(text)
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _load_given(self) -> None:
+        """Load the tokenizer that was given; threads that come first together may each do so."""
+        if self._tokenizer is None and self._tokenizer_name is not None:
+            self._tokenizer = _load(self._tokenizer_name)
 
     def _prepare(self) -> None:
         """Choose the way, once."""
@@ -111,7 +125,7 @@ class PromptWriter:
             return
         takes_ids = self._capabilities().token_prompts
         if self._tokenizer_name is not None:
-            self._tokenizer = _load(self._tokenizer_name)
+            self._load_given()
         elif takes_ids and self._find_server_tokenizer():
             self._by_server = True
         elif self._template is None:
@@ -144,6 +158,32 @@ class PromptWriter:
             return False
 
     def _write(self, messages: Sequence[Message], tools: Sequence[Message]) -> RemotePrompt:
+        messages, begun = _split_reply(messages)
+        if not messages:
+            raise ConfigError(
+                "the conversation has no question before the reply to go on with; begin with a user message"
+            )
+        prompt = self._write_asked(messages, tools)
+        if begun.lstrip().startswith(_THINK) and self._opens_thought(prompt):
+            begun = begun.lstrip().removeprefix(_THINK).lstrip("\n")
+        if not begun:
+            return prompt
+        if isinstance(prompt, str):
+            return prompt + begun
+        ids = self.encode(begun)
+        if ids is None:
+            raise ServerError(f"the server's /tokenize has no tokens for {self._model!r}")
+        return prompt + ids
+
+    def _opens_thought(self, prompt: RemotePrompt) -> bool:
+        """Whether a prompt ends with the tag that opens a thought."""
+        if isinstance(prompt, str):
+            return prompt.rstrip().endswith(_THINK)
+        tags = (self.encode(_THINK + space) for space in ("", "\n"))
+        return any(tag and prompt[-len(tag) :] == tag for tag in tags)
+
+    def _write_asked(self, messages: Sequence[Message], tools: Sequence[Message]) -> RemotePrompt:
+        """The prompt up to the beginning of a reply."""
         takes_ids = self._capabilities().token_prompts
         if self._template is not None:
             if tools:
@@ -175,11 +215,19 @@ class PromptWriter:
         return tuple(found)
 
 
+def _split_reply(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+    """The conversation up to a reply that is to be gone on with, and that reply."""
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        return messages, ""
+    return messages[:-1], last["content"]
+
+
 def _load(name: str) -> Any:
     from transformers import AutoTokenizer  # heavy, and needed only here
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a file made it stumble over
         line = next(iter(str(error).splitlines()), "")
         raise ModelLoadError(f"tokenizer={name!r} cannot be loaded: {type(error).__name__}: {line}") from error
@@ -189,7 +237,7 @@ def _load_cached(name: str) -> Any:
     from transformers import AutoTokenizer  # heavy, and needed only here
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except Exception:  # it is not there, or no tokenizer
         return None
 

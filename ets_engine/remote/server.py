@@ -149,7 +149,7 @@ class Server:
                 raise ServerError(f"{where}: {self._api_key_env} holds a key that no header can hold") from None
             lone = error.object[error.start : error.end]
             raise ServerError(
-                f"{where}: the request holds {lone!a:.20}, half a character, which UTF-8 cannot say; take it out of the text"
+                f"{where}: the request holds {lone!a:.20}, half a character, which no JSON can say; leave it out"
             ) from None
         if response.status_code < 300:
             return response

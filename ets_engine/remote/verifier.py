@@ -50,10 +50,10 @@ LAYOUTS: Mapping[str, PrmLayout] = {
     ),
     "lines": PrmLayout("{problem}\n", "\n"),
 }
-"""By name: "qwen" is Qwen2.5-Math-PRM's chat with `<extra_0>` marks; "lines" is a step a line.
+r"""By name: "qwen" is Qwen2.5-Math-PRM's chat with `<extra_0>` marks; "lines" is a step a line.
 
-"lines" is only for tokenizers that never join the separator to the text before it. Qwen's make one token of ".\n", while
-Skywork and TRL trained their PRMs on a newline of its own, appended as a token, which no text can ask a server for.
+"lines" is only for tokenizers that never join the separator to the text before it. Qwen's make one token of ".\n",
+while Skywork's and TRL's PRMs of that family learned to score a newline token of its own: run such a one here instead.
 """
 
 _CHUNK = 32  # paths of one request

@@ -135,7 +135,7 @@ def _figures(result: SearchResult, dot: str) -> Table:
         table.add_row("KV policy", *_kv(kv, dot))
     if result.verifier_kv is not None:
         table.add_row("KV verifier", *_kv(result.verifier_kv, dot))
-    if kv is None or kv.bytes_per_token:
+    if timing.bytes_moved:  # a server's are not known
         moved = f"{size(timing.bytes_moved)} moved through memory"
         table.add_row("Bandwidth", bandwidth(timing.bandwidth_gb_s), moved)
     parts = ("policy", timing.policy_s), ("verifier", timing.verifier_s), ("selection", timing.select_s)

@@ -9,8 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import ets_engine.remote
 from ets_engine import cli
@@ -185,9 +184,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `connect` is asked for; a model without a tokenizer gets the problem on a line of its own."""
     connect, seen = ets_engine.remote.connect, list[tuple[Any, ...]]()
 
-    def noting(*how: Any) -> Any:
+    def noting(*how: Any, **more: Any) -> Any:
         seen.append(how)
-        return connect(*how, template="plain", retries=0)
+        return connect(*how, **{**more, "template": "plain", "retries": 0})
 
     monkeypatch.setattr(ets_engine.remote, "connect", noting)
     return seen

@@ -145,6 +145,15 @@ def test_result_without_models_kv_leaves_those_lines_out():
     assert line_with(lines, "Bandwidth")
 
 
+def test_result_of_a_server_has_no_figures_in_bytes():
+    known = scripted([("so 4", 2, END)])
+    kv = known.kv.model_copy(update={"bytes_per_token": 0})
+    timing = known.timing.model_copy(update={"bytes_moved": 0})
+    lines = drawn(result_view(known.model_copy(update={"kv": kv, "verifier_kv": None, "timing": timing})))
+    assert line_with(lines, "KV policy").split("  ")[-2:] == ["1,234 tokens", "peak · mean 1,000 tokens"]
+    assert not any(" B" in line or "Bandwidth" in line for line in lines[-7:])
+
+
 def test_result_stopped_early_says_so():
     result = scripted([("so 4", 2, END)], finish_reason="cancelled")
     assert any("stopped early: the best so far" in line for line in drawn(result_view(result)))

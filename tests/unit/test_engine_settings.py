@@ -21,9 +21,10 @@ def reversed_order(value: Any) -> Any:
 
 def test_equal_settings_are_one_key_however_their_mappings_are_written() -> None:
     for name in ("load_options", "verifier_load_options"):
-        one, two = EngineConfig(**{name: OPTIONS}), EngineConfig(**{name: reversed_order(OPTIONS)})
+        given: list[Any] = [OPTIONS, reversed_order(OPTIONS), OPTIONS | {"revision": "other"}]
+        one, two, other = (EngineConfig.model_validate({name: options}) for options in given)
         assert one == two and hash(one) == hash(two) and one.fingerprint() == two.fingerprint()
-        assert one.fingerprint() != EngineConfig(**{name: OPTIONS | {"revision": "other"}}).fingerprint()
+        assert one != other and one.fingerprint() != other.fingerprint()
 
 
 def test_fingerprints_stay_what_they_were() -> None:

@@ -103,7 +103,7 @@ def test_a_window_cuts_tails_with_gaps_by_path_position() -> None:
 def test_a_window_longer_than_all_paths_costs_nothing() -> None:
     tree, rows = deep_tree()
     layout = LayoutBuilder(tree, windows=[11, 12]).build(rows)
-    assert layout.within(11).tail_slots is layout.tail_slots and layout.within(11).segments is layout.segments
+    assert layout.within(11) is layout.within(12) is layout
     with pytest.raises(KeyError):
         layout.within(5)
 

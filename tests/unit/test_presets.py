@@ -109,6 +109,8 @@ def prompt(format: PolicyFormat, asked: Any = "1+1?", **options: Any) -> str:
         ("meta-llama/Llama-3.2-1B-Instruct", LLAMA3, "llama3"),
         ("meta-llama/Llama-3.2-1B", None, "plain"),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", LLAMA3, "deepseek_r1"),
+        ("reference", None, "reference"),
+        ("./reference", None, "plain"),  # somebody's folder of that name
         ("/models/mine", DEEPSEEK_R1, "deepseek_r1"),
         ("mistralai/Mistral-7B-Instruct-v0.3", MISTRAL, "chat"),
         ("mistralai/Mistral-7B-Instruct-v0.3", {"default": MISTRAL, "tool_use": MISTRAL}, "chat"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from ets_engine.config import SearchConfig
-from ets_engine.errors import ConfigError, EngineError
+from ets_engine.answers import MathView
+from ets_engine.config import EngineConfig, SearchConfig
+from ets_engine.errors import ConfigError, EngineError, ETSError
 from ets_engine.hosted import ProposalRequest
+from ets_engine.lexical import HashEmbedder
 from ets_engine.protocols import SearchService
-from ets_engine.remote import RemoteEngine, RemotePolicy, Replicas, Server, ServerError, connect, prompts
+from ets_engine.remote import RemoteEngine, RemotePolicy, Replicas, Server, ServerError, connect, policy, prompts
 from ets_engine.testing import hash_score
 from ets_engine.types import Step, StopReason
 
@@ -44,6 +47,8 @@ class FakeServer:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.has_chat_template = True
+        self.reply_opening = "<assistant>\n"  # what the chat template puts before a reply
+        self.step_opening = ""  # what the model writes before its first line
         self.asked: list[dict[str, Any]] = []  # of completions, what each request held
         self.paths: list[str] = []
         self.fault: Callable[[httpx.Request, dict[str, Any]], httpx.Response | None] = lambda request, body: None
@@ -75,7 +80,7 @@ class FakeServer:
         if text is None and not self.has_chat_template:
             return httpx.Response(400, json={"message": "you must provide a chat template"})
         if text is None:
-            text = "".join(f"<{turn['role']}>{turn['content']}" for turn in body["messages"]) + "<assistant>\n"
+            text = "".join(f"<{turn['role']}>{turn['content']}" for turn in body["messages"]) + self.reply_opening
         return httpx.Response(200, json={"tokens": [ord(sign) for sign in text]})
 
     def complete(self, body: dict[str, Any]) -> httpx.Response:
@@ -105,6 +110,8 @@ class FakeServer:
         sign = hashlib.sha256(f"{prompt} {seed}".encode()).hexdigest()[0]
         lines = prompt.count("\n") - 1 if "\n" in prompt else 0
         whole = "".join(f"line {depth} {sign}\n" for depth in range(lines, 2)) + f"The answer is {int(sign, 16) % 3}."
+        if lines == 0 and "\n" in prompt:
+            whole = self.step_opening + whole
         stops = {stop: whole.find(stop) for stop in body.get("stop") or () if stop in whole}
         stop = min(stops, key=lambda one: stops[one], default=None)
         text = whole if stop is None else whole[: stops[stop] + len(stop)]
@@ -251,6 +258,26 @@ def test_sampling_that_a_server_lacks_is_refused(made: MadeEngine) -> None:
         engine.search(PROBLEM, small(top_k=5))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_blank_lines_alone_are_no_step(made: MadeEngine, kind: str) -> None:
+    server = FakeServer(kind)
+    server.step_opening = "\n"
+    result = made(server, template="plain").search(PROBLEM, small())
+    assert result.trace is not None and (result.finish_reason, result.num_errors) == ("stop", 0)
+    assert all(node.text.strip() and node.num_tokens == len(node.text) for node in result.trace[1:])
+    assert result.steps[0].text.startswith("\nline ") and result.steps[0].text.endswith("\n")
+
+
+def test_a_step_whose_second_half_fails_fails_alone(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    server.step_opening = "\n"
+    begun = [ord(sign) for sign in f"<user>{PROBLEM}<assistant>\n\n"]
+    server.fault = lambda request, body: httpx.Response(400, text="no") if body.get("prompt") == begun else None
+    with pytest.raises(EngineError, match="answered 400: no"):
+        made(server).search(PROBLEM, small())
+    assert sum("top_p" in body for body in server.asked) == 1, "siblings with the same blank are gone on with together"
+
+
 # ---------------------------------------------------------------------- prompts
 
 
@@ -321,6 +348,63 @@ def test_a_local_tokenizer(made: MadeEngine, monkeypatch: Any, kind: str, chat_t
         engine.search(PROBLEM, small(), tools=[{"type": "function", "function": {"name": "add"}}])
         with pytest.raises(ConfigError, match="chat template refuses these messages: no such role"):
             engine.search([{"role": "tool", "content": "1"}, {"role": "user", "content": "2"}], small())
+
+
+BEGUN = [{"role": "user", "content": PROBLEM}, {"role": "assistant", "content": "So"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "prompt"),
+    [
+        pytest.param("vllm", {}, "<user>What is 1+1?<assistant>\nSo", id="the server's tokenizer"),
+        pytest.param("sglang", {"tokenizer": "its name"}, "^<user>What is 1+1?0<me>\nSo", id="a local one, ids"),
+        pytest.param("openai", {"tokenizer": "its name"}, "<user>What is 1+1?0<me>\nSo", id="a local one, text"),
+        pytest.param("vllm", {"template": "plain"}, "What is 1+1?\nSo", id="plain, ids"),
+        pytest.param("openai", {"template": "plain"}, "What is 1+1?\nSo", id="plain, text"),
+    ],
+)
+def test_a_reply_that_was_begun_is_gone_on_with(
+    made: MadeEngine, monkeypatch: Any, kind: str, options: dict[str, str], prompt: str
+) -> None:
+    monkeypatch.setattr(prompts, "_load", lambda name: CharacterTokenizer("some"))
+    server = FakeServer(kind)
+    result = made(server, **options).search(BEGUN, small())
+    sent = next(body["prompt"] for body in server.asked if body.get("max_tokens") == small().max_step_tokens)
+    assert (sent if isinstance(sent, str) else "".join(map(chr, sent))).startswith(prompt)
+    assert not result.text.startswith("So")
+
+
+@pytest.mark.parametrize("opening", ["<assistant><think>\n", "<assistant><think>", "<assistant>\n<think>\n"])
+def test_a_begun_thought_is_opened_once(made: MadeEngine, opening: str) -> None:
+    server = FakeServer("vllm")
+    server.reply_opening = opening
+    engine = made(server)
+    thinking = [BEGUN[0], {"role": "assistant", "content": "<think>\nSo"}]
+    assert engine.count_prompt(thinking) == len(f"<user>{PROBLEM}{opening}So")
+    server.reply_opening = "<assistant>\n"
+    assert made(server).count_prompt(thinking) == len(f"<user>{PROBLEM}<assistant>\n<think>\nSo")
+
+
+def test_a_reply_to_nothing_is_refused(made: MadeEngine) -> None:
+    with pytest.raises(ConfigError, match="no question before the reply to go on with"):
+        made(FakeServer("vllm")).search(BEGUN[1:], small())
+
+
+def test_a_given_tokenizer_counts_from_the_beginning(made: MadeEngine, monkeypatch: Any) -> None:
+    monkeypatch.setattr(prompts, "_load", lambda name: CharacterTokenizer("some"))
+    server = FakeServer("openai")
+    assert made(server, tokenizer="its name").count_tokens("12345") == 5
+    assert server.paths == []
+
+
+def test_a_tokenizer_runs_no_code_of_its_own(monkeypatch: Any) -> None:
+    from transformers import AutoTokenizer
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: told.append(options))
+    prompts._load("its name")
+    prompts._load_cached("its name")
+    assert [options["trust_remote_code"] for options in told] == [False, False]
 
 
 # ---------------------------------------------------------------------- faults
@@ -402,13 +486,18 @@ def test_no_such_model_or_no_completions(made: MadeEngine, kind: str, model: str
         made(server, address=f"openai:http://a#{model}", template="plain").search(PROBLEM, small())
 
 
-def test_a_failed_probe_is_tried_again(made: MadeEngine) -> None:
+def test_a_failed_probe_is_said_to_all_and_tried_again_later(made: MadeEngine, monkeypatch: Any) -> None:
     server = FakeServer("vllm")
     server.fault = lambda request, body: httpx.Response(503)
     engine = made(server)
     with pytest.raises(ServerError, match="answered 503"):
         engine.search(PROBLEM, small())
+    tried = len(server.paths)
+    with pytest.raises(ServerError, match="answered 503") as caught:
+        engine.search(PROBLEM, small())
+    assert caught.value.status == 503 and len(server.paths) == tried, "nobody waits for the same failure again"
     server.fault = lambda request, body: None
+    monkeypatch.setattr(policy, "_FAILURE_KEPT_S", 0.0)
     assert engine.search(PROBLEM, small()).finish_reason == "stop"
 
 
@@ -445,6 +534,46 @@ def test_names(made: MadeEngine) -> None:
     assert named(judge) != named(judge), "two functions without a name are never taken for each other"
 
 
+def test_names_tell_views_and_embedders_apart(made: MadeEngine) -> None:
+    names = [made(FakeServer("vllm"), None, view=MathView(), boundaries=["\n\n"]).name for _ in range(2)]
+    names.append(made(FakeServer("vllm"), None, embedder=HashEmbedder(), boundaries=["\n\n"]).name)
+    assert len(set(names)) == 3
+    assert [name.partition(":http://a/v1#m+")[2][:12] for name in names] == ["view=object:"] * 2 + ["embedder=obj"]
+    named = HashEmbedder()
+    named.id = "words"  # type: ignore[attr-defined]
+    engine = made(FakeServer("vllm"), None, embedder=named, boundaries=["\n\n"])
+    assert engine.name == "openai:http://a/v1#m+embedder=words"
+
+
+def test_a_name_says_what_decides_the_scores_of_a_prm_that_runs_here(made: MadeEngine, monkeypatch: Any) -> None:
+    from ets_engine.models import PrmScorer
+
+    monkeypatch.setattr(PrmScorer, "from_pretrained", lambda verifier, config: judge)
+
+    def named(**settings: Any) -> str:
+        return made(FakeServer("vllm"), "prm", config=EngineConfig(**settings), boundaries=["\n\n"]).name
+
+    assert named() == named(preset="plain", page_tokens=8) == "openai:http://a/v1#m+prm"
+    options = {"token": KEY, "revision": "x", "attention": {"b": 1, "a": 2}}
+    assert named(verifier_format="trl", dtype="float64", step_separator="\n", verifier_load_options=options) == (
+        "openai:http://a/v1#m+prm+dtype='float64'+step_separator='\\n'+verifier_format='trl'"
+        "+verifier_load_options={'attention': {'a': 2, 'b': 1}, 'revision': 'x'}"
+    )
+    assert named(verifier_load_options={"token": KEY}) == named()
+
+
+def find_again(*key: str) -> tuple[str, ...]:
+    """What stands for an engine in another process."""
+    return key
+
+
+def test_an_engine_is_pickled_as_the_way_to_find_it_again(made: MadeEngine) -> None:
+    engine = made(FakeServer("vllm"), rebuild=(find_again, ("openai:http://a#m", "judge")))
+    assert pickle.loads(pickle.dumps(engine)) == ("openai:http://a#m", "judge")
+    with pytest.raises(ETSError, match="registered"):
+        pickle.loads(pickle.dumps(made(FakeServer("vllm"))))
+
+
 def test_wrong_settings_are_refused_at_once(made: MadeEngine) -> None:
     server = FakeServer("vllm")
     for options, message in (
@@ -452,6 +581,9 @@ def test_wrong_settings_are_refused_at_once(made: MadeEngine) -> None:
         ({"boundaries": "\n"}, "give a list of texts"),
         ({"verifier": 3}, "give a function, a BatchScorer or a name"),
         ({"verifier": "openai:http://c#j"}, "say what it is, judge:openai"),
+        ({"verifier": "logprob"}, "which no server tells; give judge:openai"),
+        ({"verifier": "self_certainty"}, "which no server tells; give judge:openai"),
+        ({"verifier": "probe:no-such-file"}, "which no server tells; give judge:openai"),
         ({"verifier": "pooling:openai:http://c#unknown"}, "what the PRM 'unknown' reads is not known"),
     ):
         with pytest.raises(ConfigError, match=message):

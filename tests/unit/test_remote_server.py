@@ -15,6 +15,7 @@ import pytest
 from ets_engine.errors import ConfigError, EngineError
 from ets_engine.remote import Address, Replicas, Server, ServerError
 from ets_engine.remote.metrics import read_metrics
+from ets_engine.remote.replicas import digest
 
 KEY = "sk-very-secret-4711"
 GOOD = {"choices": [{"index": 0, "text": "so", "finish_reason": "stop"}]}
@@ -142,6 +143,25 @@ def test_nobody_there_is_one_line() -> None:
     with pytest.raises(ServerError, match=r"^http://127.0.0.1:9/v1/completions broke off: ConnectError"):
         replicas.post("/completions", {})
     replicas.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "message"),
+    [
+        pytest.param("so \ud83d", KEY, r"the request holds '\\ud83d', half a character", id="text"),
+        pytest.param("so", "sk-\u00fc", "OPENAI_API_KEY holds a key that no header can hold", id="key"),
+    ],
+)
+def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch, text: str, key: str, message: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = Server("http://a/v1", transport=httpx.MockTransport(lambda request: httpx.Response(200, json=GOOD)))
+    with pytest.raises(ServerError, match=message) as caught:
+        server.post("/completions", {"prompt": text})
+    assert str(caught.value).isascii() and not caught.value.is_retryable
+
+
+def test_any_text_has_a_digest() -> None:
+    assert len({digest(text) for text in ("", "so", "so \ud83d", "so \ud83e")}) == 4
 
 
 @pytest.mark.parametrize("value", ["", "  "])

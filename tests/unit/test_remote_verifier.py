@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,7 +133,8 @@ def test_layouts_are_known_by_name_or_refused(reach: Reach) -> None:
         PoolingVerifier(replicas, "some/prm")
     with pytest.raises(ConfigError, match="one of qwen, lines"):
         PoolingVerifier(replicas, "some/prm", layout="other")
-    PoolingVerifier(replicas, "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
+    with pytest.raises(ConfigError, match="one of qwen, lines"):
+        PoolingVerifier(replicas, "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
 
 
 # ---------------------------------------------------------------------- a judge
@@ -169,9 +171,16 @@ def test_a_judge_without_a_message_is_illegible(reach: Reach, reply: Any) -> Non
     [
         ("0.8", 1, 0.8),
         ("Score: 8", 10, 0.8),
-        ("8/10", 1, 0.8),
-        ("8 out of 10", 1, 0.8),
+        ("8/10", 10, 0.8),
+        ("4 out of 5, as step 2 is loose", 5, 0.8),
+        ("80/100", 5, 0.8),
         ("80%", 10, 0.8),
+        ("The probability 1/2 is right. 9", 10, 0.9),
+        ("2 of 3 steps are fine. 4", 10, 0.4),
+        ("It improves by 50%. Score: 2", 10, 0.2),
+        ("1/2 is right.", 10, None),
+        ("<think> Step 1 gives 7 and then", 10, None),
+        ("<think>4</think> 9 <think>so", 10, None),
         ("<think>2/10? No.</think>\n\n9", 10, 0.9),
         ("<think>8</think>\n\nIt is fine.", 10, None),
         ("1. The sum is right.\n2. So is the rest.\n10", 10, 1.0),
@@ -184,6 +193,42 @@ def test_a_judge_without_a_message_is_illegible(reach: Reach, reply: Any) -> Non
 )
 def test_marks(said: str, scale: float, mark: float | None) -> None:
     assert read_mark(said, scale) == mark
+
+
+def test_a_reply_that_was_cut_off_is_no_mark(reach: Reach, caplog: pytest.LogCaptureFixture) -> None:
+    reply = {"choices": [{"message": {"content": "Step 1 gives 7"}, "finish_reason": "length"}]}
+    [found] = JudgeVerifier(reach(lambda body: reply)[0], "j", max_tokens=64).score_many("p", [["s"]])
+    assert math.isnan(found)
+    assert "cut off after 64 tokens; raise JudgeVerifier(max_tokens=)" in caplog.records[0].message
+
+
+def test_many_steps_of_one_problem_are_judged_by_all_replicas() -> None:
+    together = threading.Barrier(24)  # no judgement comes before all were asked for
+    hosts: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        hosts.append(request.url.host)
+        together.wait(10)
+        return httpx.Response(200, json={"choices": [{"message": {"content": "7"}}]})
+
+    transport = httpx.MockTransport(handle)
+    replicas = Replicas([Server(f"http://{host}/v1", transport=transport) for host in "ab"], retries=0)
+    found = JudgeVerifier(replicas, "j").score_many("p" * 9999, [[f"step {place}"] for place in range(24)])
+    assert found == [0.7] * 24 and set(hosts) == {"a", "b"}
+    replicas.close()
+
+
+@pytest.mark.parametrize("make", [JudgeVerifier, PoolingVerifier], ids=["judge", "PRM"])
+def test_replicas_are_not_given_whole_problems_to_remember(reach: Reach, make: Any, monkeypatch: Any) -> None:
+    replicas, named = reach(lambda body: {})[0], list[str]()
+
+    def post(path: str, body: Any, *, prefixes: Any = (), **options: Any) -> dict[str, Any]:
+        named.extend(prefixes)
+        return {}
+
+    monkeypatch.setattr(replicas, "post", post)
+    make(replicas, "Qwen2.5-Math-PRM-7B").score_many("p" * 9999, [["s"]])
+    assert named and max(map(len, named)) < 100
 
 
 def test_settings_of_a_judge(reach: Reach) -> None:

@@ -1,0 +1,69 @@
+"""Models behind servers by name: one engine for each while somebody holds it, and what is no use with them."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ets_engine import cli, services
+from ets_engine.errors import ConfigError
+from ets_engine.evaluation.session import Plan
+from ets_engine.remote.address import SCHEME
+from ets_engine.service import ETSEngine
+from ets_engine.services import find_service
+
+ADDRESS = "openai:http://127.0.0.1:9#served"  # connecting asks nothing, so nobody need be there
+
+
+def test_there_is_one_word_for_them() -> None:
+    assert services.REMOTE == SCHEME
+
+
+@pytest.mark.parametrize("verifier", [None, f"judge:{ADDRESS}"])
+def test_a_pickle_holds_the_address_and_finds_the_same_engine(verifier: str | None) -> None:
+    engine = find_service(ADDRESS, verifier)
+    assert pickle.loads(pickle.dumps(engine)) is engine
+
+
+def test_an_address_written_in_another_way_is_the_same() -> None:
+    engine = find_service(ADDRESS)
+    assert find_service("openai:http://127.0.0.1:9/v1/#served") is engine
+
+
+def test_nobody_keeps_an_engine_alive_that_nobody_uses() -> None:
+    engine = weakref.ref(find_service(ADDRESS.replace("served", "left")))
+    gc.collect()
+    assert engine() is None
+
+
+@pytest.mark.parametrize("verifier", [ADDRESS, f"judge:{ADDRESS}", f"pooling:{ADDRESS}"])
+def test_a_served_verifier_is_no_model_to_load(verifier: str) -> None:
+    with pytest.raises(ConfigError, match=r"goes with a policy behind a server, model='openai:...'; here pass a PRM"):
+        ETSEngine.from_pretrained("reference", verifier)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "a PRM's name, judge:openai:URL#model or pooling:openai:URL#model"),
+        (["--verifier", "a/prm", "--preset", "llama3"], "--preset has no effect on a server's model"),
+        (["--verifier", f"judge:{ADDRESS}", "--verifier-format", "trl"], "--verifier-format has no effect"),
+    ],
+    ids=["no verifier", "preset", "format"],
+)
+def test_solve_says_what_is_no_use(options: list[str], said: str) -> None:
+    done = CliRunner().invoke(cli.app, ["solve", "1+1?", "--model", ADDRESS.replace("//", "//me:secret@"), *options])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert said in done.stderr and "logprob" not in done.stderr and "secret" not in done.stderr
+
+
+def test_a_bench_is_of_models_that_are_loaded_here(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model='openai:...' is loaded on its server"):
+        Plan(out=tmp_path, model=ADDRESS, verifier=f"judge:{ADDRESS}")
+    done = CliRunner().invoke(cli.app, ["bench", "--out", str(tmp_path / "out"), "--model", ADDRESS])
+    assert done.exit_code == 2 and "is loaded on its server" in done.stderr and not (tmp_path / "out").exists()
