@@ -19,7 +19,7 @@ from ets_engine.lexical import HashEmbedder
 from ets_engine.messages import Message, Prompt, problem_text, to_messages
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, SearchService, StepView, Verifier, check_options
 from ets_engine.results import EndedEarly, build_result
-from ets_engine.scorers import CallableVerifier, EqualVerifier, Scorer
+from ets_engine.scorers import CallableVerifier, EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import SearchTree, needs_scores, run, search
 from ets_engine.types import KVStats, SearchResult, Step, StopReason, Timing
 
@@ -220,7 +220,8 @@ class HostedEngine:
 
     def _make_job(self, problem: Prompt, config: SearchConfig, options: SearchOptions) -> _HostedSearch:
         check_options(options)
-        messages, scorer = to_messages(problem), options.get("verifier")
+        messages = to_messages(problem)
+        scorer: Scorer | EvidenceScorer | None = options.get("verifier")
         if scorer is None:
             scorer = self._verifier
         if scorer is None and needs_scores(config, options.get("selector")):
@@ -302,7 +303,7 @@ class _HostedSearch:
 
     messages: Sequence[Message]
     config: SearchConfig
-    scorer: Scorer | None
+    scorer: Scorer | EvidenceScorer | None
     cancel: Cancel | None
     tools: Sequence[Message]
     options: SearchOptions

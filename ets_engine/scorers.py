@@ -88,10 +88,11 @@ class CallableVerifier:
         [1.0]
     """
 
-    def __init__(self, scorer: Scorer, problem: str, read_step: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self, scorer: Scorer | EvidenceScorer, problem: str, read_step: Callable[[str], str] | None = None
+    ) -> None:
         """See the class."""
-        _check_scorer(scorer)
-        self._scorer = scorer
+        self._scorer = _check_scorer(scorer)
         self._problem = problem
         self._read_step = read_step
         self._paths: dict[int, tuple[str, ...]] = {0: ()}
@@ -299,7 +300,7 @@ def _ask(scorer: Scorer, problem: str, paths: Sequence[Sequence[str]]) -> list[f
     return scores
 
 
-def _check_scorer(scorer: object) -> None:
+def _check_scorer(scorer: Scorer | EvidenceScorer) -> Scorer:
     if isinstance(scorer, EvidenceScorer):
         raise ConfigError(
             f"verifier={scorer!r:.100} reads what the policy computes as it writes, not text: give it alone, to an "
@@ -307,3 +308,4 @@ def _check_scorer(scorer: object) -> None:
         )
     if not callable(scorer) and not isinstance(scorer, BatchScorer):
         raise ConfigError(f"verifier={scorer!r:.100} is no function of problem and steps, and has no score_many")
+    return scorer

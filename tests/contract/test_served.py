@@ -73,7 +73,7 @@ def test_langchain(address: str) -> None:
     pytest.importorskip("langchain_core")
     from ets_integrations.langchain import ChatETS
 
-    chat = ChatETS(model=address, verifier=judge, **SETTINGS)  # type: ignore[arg-type]
+    chat = ChatETS(**{"model": address, "verifier": judge, **SETTINGS})
     assert "The answer is 2." in str(chat.invoke("1+1?").content)
     again = pickle.loads(pickle.dumps(chat))
     assert again.identity() == chat.identity() and "The answer is 2." in str(again.invoke("1+1?").content)
