@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from ets_engine.config import REMOTE
 from ets_engine.errors import ConfigError
-
-SCHEME = "openai:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +32,15 @@ class Address:
             >>> Address.parse("openai:http://a:8000,http://b:8000/v1/#Qwen/Qwen2.5-7B").name
             'openai:http://a:8000/v1,http://b:8000/v1#Qwen/Qwen2.5-7B'
         """
-        where, _, model = text.removeprefix(SCHEME).partition("#")
-        if not text.startswith(SCHEME) or not model or not where:
+        where, _, model = text.removeprefix(REMOTE).partition("#")
+        if not text.startswith(REMOTE) or not model or not where:
             raise ConfigError("this address of a model is not legible; write openai:http://host:8000/v1#model-name")
         return cls(tuple(_base_url(url.strip()) for url in where.split(",")), model)
 
     @property
     def name(self) -> str:
         """As `parse` reads it."""
-        return f"{SCHEME}{','.join(self.urls)}#{self.model}"
+        return f"{REMOTE}{','.join(self.urls)}#{self.model}"
 
 
 def _base_url(url: str) -> str:

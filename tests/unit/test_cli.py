@@ -277,7 +277,7 @@ def test_no_answer_exits_1_and_still_shows_what_it_cost(ets, reason, said):
     done = ets(PROBLEM, engine=FakeEngine(**NO_ANSWER, finish_reason=reason))
     assert done.exit_code == 1
     assert done.stderr.startswith("ets: no answer: ") and done.stderr.count("\n") == 1 and said in done.stderr
-    assert "Bandwidth" in done.stdout
+    assert "Tokens" in done.stdout
 
 
 def test_version():

@@ -10,18 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ets_engine import cli, services
+from ets_engine import cli
 from ets_engine.errors import ConfigError
 from ets_engine.evaluation.session import Plan
-from ets_engine.remote.address import SCHEME
 from ets_engine.service import ETSEngine
 from ets_engine.services import find_service
 
 ADDRESS = "openai:http://127.0.0.1:9#served"  # connecting asks nothing, so nobody need be there
-
-
-def test_there_is_one_word_for_them() -> None:
-    assert services.REMOTE == SCHEME
 
 
 @pytest.mark.parametrize("verifier", [None, f"judge:{ADDRESS}"])
