@@ -111,7 +111,8 @@ def solve(
         str | None,
         option(
             "NAME",
-            "What scores steps: a PRM by folder or hub name, logprob, self_certainty, probe:FILE, judge:openai:...",
+            "What scores steps: a PRM by folder or hub name; logprob, self_certainty or probe:FILE for a model here; "
+            "judge:openai:... or pooling:openai:... for a model on a server.",
             default="the shipped model's own",
         ),
     ] = None,

@@ -65,6 +65,20 @@ def last_user_text(messages: Sequence[Message]) -> str:
     raise ConfigError("the conversation has no user message, and this policy, without a chat template, reads only that")
 
 
+def split_reply(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+    """The conversation up to a reply that is to be gone on with, and that reply: "" where there is none.
+
+    Example:
+        >>> turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is"}]
+        >>> split_reply(turns)[1], split_reply(turns[:1])[1]
+        ('It is', '')
+    """
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        return messages, ""
+    return messages[:-1], last["content"]
+
+
 def problem_text(messages: Sequence[Message]) -> str:
     """What a verifier reads as the problem: the one question, or else the conversation but for instructions.
 

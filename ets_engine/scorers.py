@@ -280,12 +280,14 @@ def score_paths(
     if not isinstance(scorer, BatchScorer):
         return [read(path, partial(scorer, problem, path)) for path in paths]
     try:
-        pairs = list(zip(paths, scorer.score_many(problem, paths), strict=True))
+        scores = list(scorer.score_many(problem, paths))
+        if len(scores) != len(paths):
+            raise ValueError(f"score_many returned {len(scores)} scores for {len(paths)} steps; return one each")
     except Exception as error:
         for path in paths:
             on_failure(path, error)
         return [float("nan")] * len(paths)
-    return [read(path, lambda score=score: score) for path, score in pairs]
+    return [read(path, lambda score=score: score) for path, score in zip(paths, scores, strict=True)]
 
 
 def _ask(scorer: Scorer, problem: str, paths: Sequence[Sequence[str]]) -> list[float]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers.utils.logging import set_tqdm_hook
 
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ConfigError, EngineError, ModelLoadError
 from ets_engine.runtime import resolve_device
 from ets_engine.runtime.checkpoints import first_line
+from ets_engine.runtime.loading import quietly
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -63,7 +62,7 @@ class SentenceEmbedder:
                 f"embedder={name!r} needs sentence-transformers: {first_line(error)}; pip install sentence-transformers"
             ) from error
         try:
-            with _without_bars():
+            with quietly():
                 model = SentenceTransformer(
                     name,
                     device=str(device),
@@ -89,13 +88,3 @@ class SentenceEmbedder:
             )
         except RuntimeError as error:
             raise EngineError(f"embedder={self._name!r} failed on {len(texts)} steps: {first_line(error)}") from error
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No "Loading weights" bar of transformers on the caller's terminal; the hub's download bars stay."""
-    previous = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
-    try:
-        yield
-    finally:
-        set_tqdm_hook(previous)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ets_engine.errors import ConfigError
-from ets_engine.messages import Message, Prompt, last_user_text, to_messages
+from ets_engine.messages import Message, Prompt, last_user_text, split_reply, to_messages
 from ets_engine.models.presets import Preset, find_preset
 from ets_engine.protocols import StepView
 
@@ -94,7 +94,7 @@ class PolicyFormat:
         Raises:
             ConfigError: The policy's prompt has no place for tools, or its chat template refuses the messages.
         """
-        messages, begun = _split_reply(to_messages(prompt))
+        messages, begun = split_reply(to_messages(prompt))
         if not messages:
             raise ConfigError(
                 "the conversation has no question before the reply to go on with; begin with a user message"
@@ -124,7 +124,7 @@ class PolicyFormat:
 
     def view(self, messages: Sequence[Message]) -> StepView:
         """How the solutions of a conversation map to answers."""
-        _, begun = _split_reply(messages)
+        _, begun = split_reply(messages)
         opened = (self._reply_opening if self.is_chat else "") + begun
         return self.preset.make_view(in_thought=opened.rfind(THINK) > opened.rfind(THOUGHT))
 
@@ -217,14 +217,6 @@ def begin_ids(tokenizer: PreTrainedTokenizerBase, problem: str, end: str = "\n")
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def _split_reply(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-    """The conversation up to a reply that is to be gone on with, and that reply."""
-    last = messages[-1]
-    if last["role"] != "assistant" or last.get("tool_calls"):
-        return messages, ""
-    return messages[:-1], last["content"]
 
 
 def _instructs(message: Message) -> bool:

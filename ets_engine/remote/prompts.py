@@ -10,7 +10,7 @@ from typing import Any
 
 from ets_engine.errors import ConfigError, ModelLoadError
 from ets_engine.hosted import estimate_tokens
-from ets_engine.messages import Message, last_user_text
+from ets_engine.messages import Message, last_user_text, split_reply
 from ets_engine.remote.capabilities import Capabilities
 from ets_engine.remote.replicas import Replicas
 from ets_engine.remote.server import ServerError
@@ -158,7 +158,7 @@ class PromptWriter:
             return False
 
     def _write(self, messages: Sequence[Message], tools: Sequence[Message]) -> RemotePrompt:
-        messages, begun = _split_reply(messages)
+        messages, begun = split_reply(messages)
         if not messages:
             raise ConfigError(
                 "the conversation has no question before the reply to go on with; begin with a user message"
@@ -213,14 +213,6 @@ class PromptWriter:
         if not isinstance(found, list) or not all(isinstance(one, int) for one in found):
             return None
         return tuple(found)
-
-
-def _split_reply(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-    """The conversation up to a reply that is to be gone on with, and that reply."""
-    last = messages[-1]
-    if last["role"] != "assistant" or last.get("tool_calls"):
-        return messages, ""
-    return messages[:-1], last["content"]
 
 
 def _load(name: str) -> Any:

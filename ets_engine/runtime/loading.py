@@ -86,7 +86,7 @@ def load_weights(
     )  # quantised weights are put on their device as they are made, and cannot be moved
     placed = {"device_map": {"": device}} if is_quantized else {}
     try:
-        with _quietly():
+        with quietly():
             model, found = auto.from_pretrained(
                 name,
                 dtype=dtype,
@@ -150,7 +150,7 @@ def _put_head(model: PreTrainedModel, head: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No "Loading weights" bar and no "LOAD REPORT" table of transformers; the hub's download bars stay.
 
     What the report tells is either an error of ours (missing weights) or meant so (a PRM's head under another name).

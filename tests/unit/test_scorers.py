@@ -313,3 +313,12 @@ def check_refused(scorer: Any, message: str) -> None:
         Ensemble(says(0.5), scorer)
     with pytest.raises(ConfigError, match=message):
         OutcomeScorer(scorer, bool)
+
+
+def test_a_wrong_number_of_scores_is_said_with_both_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    class Short:
+        def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> list[float]:
+            return [0.5]
+
+    assert all(map(math.isnan, CallableVerifier(Short(), "?").score([1, 2], [0, 0], ["a", "b"])))
+    assert "returned 1 scores for 2 steps; return one each" in caplog.text
