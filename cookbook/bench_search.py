@@ -42,7 +42,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ets_engine.config import EngineConfig
 from ets_engine.evaluation.machine import copy_gb_s, provenance
-from ets_engine.runtime import Runner, SamplingParams, sample, uniforms
+from ets_engine.runtime import Runner, SamplingParams, uniforms
+from ets_engine.runtime.sampler import draw
+from ets_engine.runtime.transfer import Readback, upload
 
 RESULTS = Path(__file__).parent / "results" / "bench_search.jsonl"
 SIDES = ("ours", "generate", "continuous", "vllm")
@@ -172,7 +174,7 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
 def matmul_flops_per_s(dtype: torch.dtype, device: str, repeats: int = 5) -> float:
     """Of a large square product, the best of some tries."""
     size = 8192 if device.startswith("cuda") else 1024
-    left = torch.ones((size, size), dtype=dtype, device=device)
+    left = torch.randn((size, size), device=device).to(dtype)
     best_s = float("inf")
     for _ in range(repeats + 1):  # the first one prepares
         began_s = time.perf_counter()
@@ -210,14 +212,24 @@ def token_ids(tree: Replay, vocabulary: int, seed: int) -> Ids:
 
 def our_player(runner: Runner, seed: int = 0) -> Player:
     """Over the tree cache: forks, one token per live branch and forward pass, releases as the replay says."""
-    tree, sampling = runner.tree, SamplingParams()
+    tree, sampling, readback = runner.tree, SamplingParams(), Readback(runner.device)
+    drawn = torch.empty(0)
 
-    def draw(hidden: torch.Tensor, states: Sequence[int], nodes: Sequence[int], positions: Sequence[int]) -> None:
+    def sample(hidden: torch.Tensor, states: Sequence[int], nodes: Sequence[int], positions: Sequence[int]) -> None:
         """A token for each node from its row of the hidden states, as a search would."""
+        nonlocal drawn
         logits = runner.logits(hidden)
-        logits = logits if list(states) == list(range(len(logits))) else logits[list(states)]
-        draws = uniforms([seed] * len(nodes), nodes, positions)
-        sample(logits, [sampling] * len(nodes), draws)[0].tolist()
+        if list(states) != list(range(len(logits))):
+            logits = logits[upload(states, runner.device, torch.int64)]
+        drawn = draw(logits, [sampling] * len(nodes), uniforms([seed] * len(nodes), nodes, positions))[0]
+        readback.mark()
+
+    def read() -> None:
+        """The tokens drawn last; a GPU is at work on the next pass by then, as in a search."""
+        with readback.reading():
+            drawn.tolist()
+
+    readback.mark()
 
     @torch.inference_mode()
     def play(replay: Replay, ids: Ids) -> Played:
@@ -230,10 +242,11 @@ def our_player(runner: Runner, seed: int = 0) -> Player:
                 tree.release(leaves.pop(node)[0])
             step_s = time.perf_counter()
             hidden = runner.extend_last([leaves[node] for node in one.retained])
+            read()
             rows = {node: row for row, node in enumerate(one.retained)}
             handles = [tree.fork(leaves[parent][0]) for parent in one.parents]
             ends = [tree.path_tokens(handle) for handle in handles]
-            draw(hidden, [rows[parent] for parent in one.parents], children, ends)
+            sample(hidden, [rows[parent] for parent in one.parents], children, ends)
             if one.retained != (0,):
                 step_seconds.append(time.perf_counter() - step_s)
                 resident.append(tree.resident_tokens)
@@ -241,10 +254,12 @@ def our_player(runner: Runner, seed: int = 0) -> Player:
                 step_s = time.perf_counter()
                 live = [row for row, count in enumerate(one.num_tokens) if count > done]
                 hidden = runner.extend_last([(handles[row], [ids[children[row]][done - 1]]) for row in live])
-                draw(hidden, range(len(live)), [children[row] for row in live], [ends[row] + done for row in live])
+                read()
+                sample(hidden, range(len(live)), [children[row] for row in live], [ends[row] + done for row in live])
                 step_seconds.append(time.perf_counter() - step_s)
                 resident.append(tree.resident_tokens)
             leaves |= {child: (handle, ids[child][-1:]) for child, handle in zip(children, handles, strict=True)}
+        read()
         for handle, _ in leaves.values():
             tree.release(handle)
         return Played(
@@ -505,7 +520,7 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
     speed = Speed(1e9 * copy_gb_s(options.device), matmul_flops_per_s(dtype, options.device))
     replays = load_replays(options, shape)
     model, plain = build_models(shape, dtype, options.device, options.seed)
-    runner = Runner(model, EngineConfig())
+    runner = Runner(model, EngineConfig(compile_layers=options.compile))
     work = [(replay, token_ids(replay, shape.vocabulary, options.seed)) for replay in replays]
     context_tokens = max(replay.longest_path_tokens for replay in replays)
     players = make_players(options, runner, plain, context_tokens)
@@ -514,6 +529,7 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
     rows: list[dict[str, Any]] = []
     for replay, ids in work:
         runs: dict[str, list[Played]] = {name: [] for name in players}
+        first_s = players["ours"](replay, ids).seconds if runner.uses_graphs and "ours" in players else None
         for _ in range(options.repeats):
             for name in list(players):
                 if (played := attempt(name, partial(players[name], replay, ids))) is None:
@@ -528,6 +544,7 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
                 "tokens": replay.generated_tokens,
                 "rounds": len(replay.rounds),
                 "width": _widest(replay),
+                "ours_capturing_s": first_s and round(first_s, 3),
                 "sides": sides,
             }
         )
@@ -539,6 +556,8 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
         "model": asdict(shape),
         "parameters": num_parameters(shape),
         "dtype": str(dtype).removeprefix("torch."),
+        "compiled": options.compile,
+        "uses_graphs": runner.uses_graphs,
         "copy_gb_s": round(speed.bytes_per_s / 1e9, 1),
         "matmul_gflop_s": round(speed.flops_per_s / 1e9, 1),
         "trees": rows,
@@ -638,6 +657,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 for reference and toy")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="our layers through torch.compile")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--roofline", action="store_true", help="print the table of roofline.md")

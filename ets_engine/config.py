@@ -131,6 +131,10 @@ class EngineConfig(Config):
         prefill_chunk_tokens: Most tokens of one prompt read per forward pass, and between two decode steps.
         prefix_cache_tokens: Most tokens of read prompts kept per model, for later prompts that begin alike; they
             make room as soon as a search needs it. 0 = none.
+        cuda_graphs: Whether decode passes are captured as CUDA graphs, "auto" = where the model allows it. Faster at
+            every size that a GPU does in less time than its host needs to launch it.
+        compile_layers: Whether decoder layers go through torch.compile: the first passes take tens of seconds, later
+            ones less than without.
         max_queued_searches: Most searches that wait for room in the KV pools; one more is refused.
         trust_remote_code: Whether a checkpoint may run code of its own.
         preset: Prompt, step boundary and answer pattern of the policy: a name that `ets models` lists, "auto" = as the
@@ -151,6 +155,8 @@ class EngineConfig(Config):
     kv_memory_fraction: float = Field(default=0.4, gt=0.0, le=1.0)
     prefill_chunk_tokens: int = Field(default=2048, ge=1)
     prefix_cache_tokens: int = Field(default=16384, ge=0)
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    compile_layers: bool = False
     max_queued_searches: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False
     preset: str = "auto"
@@ -177,6 +183,26 @@ class EngineConfig(Config):
         return [
             f"{name}={_sorted(getattr(self, name))!r}" for name in names if getattr(self, name) != getattr(usual, name)
         ]
+
+    def refuse_prm_settings(self, instead: str) -> None:
+        """Refuse settings that only a PRM loaded here would read, where there is none.
+
+        Args:
+            instead: What scores steps, for the message.
+
+        Raises:
+            ConfigError: One of them is not the usual one.
+
+        Example:
+            >>> EngineConfig(dtype="float64").refuse_prm_settings("a function")
+        """
+        unread = self.changed(("verifier_format", "step_separator"))
+        unread += ["verifier_load_options"] if self.verifier_load_options else []  # which may hold a secret
+        if unread:
+            raise ConfigError(
+                f"{', '.join(unread)}: no PRM is loaded here that would read it, steps are scored by {instead}; leave "
+                "it out, or name a PRM as the verifier"
+            )
 
 
 def _sorted(value: JsonValue) -> JsonValue:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ets_engine.config import REMOTE, EngineConfig
+from ets_engine.errors import ConfigError
 from ets_engine.protocols import SearchService
 from ets_engine.registry import look_up
 
 if TYPE_CHECKING:
     from ets_engine.remote import RemoteEngine
+    from ets_engine.remote import ServerDescription as ServerDescription  # which commands read
+    from ets_engine.service import ETSEngine
 
 _connected: weakref.WeakValueDictionary[tuple[str, str | None, EngineConfig], RemoteEngine] = (
     weakref.WeakValueDictionary()
@@ -30,16 +34,53 @@ def find_service(model: str, verifier: str | None = None, config: EngineConfig |
 
     Raises:
         ModelLoadError: A model cannot be loaded, or its architecture cannot be honoured.
-        ConfigError: The shipped PRM is asked to judge another model, an address is wrong, or a device is absent.
+        ConfigError: The shipped PRM is asked to judge another model, an address is wrong, a name is that of a file, or
+            a device is absent.
     """
     service = look_up(model)
     if service is not None:
         return service
     if model.startswith(REMOTE):
         return _find_connected(model, verifier, config or EngineConfig())
+    _check_folders(model, verifier)
     from ets_engine.service import get_engine  # it loads torch
 
     return get_engine(model, verifier, config)
+
+
+def open_engine(
+    model: str, verifier: str | None = None, config: EngineConfig | None = None
+) -> ETSEngine | RemoteEngine:
+    """An engine of the caller's own, which the caller closes: one that loads its models, or one over a server.
+
+    Args:
+        model: `openai:URL[,URL...]#model`, or a model as in `ETSEngine.from_pretrained`.
+        verifier: As in `find_service`.
+        config: As in `find_service`.
+
+    Raises:
+        ModelLoadError: As `find_service`.
+        ConfigError: As `find_service`.
+    """
+    if model.startswith(REMOTE):
+        from ets_engine.remote import connect
+
+        return connect(model, verifier, config)
+    _check_folders(model, verifier)
+    from ets_engine.service import ETSEngine  # it loads torch
+
+    return ETSEngine.from_pretrained(model, verifier, config)
+
+
+def _check_folders(model: str, verifier: str | None) -> None:
+    """Refuse a file in the place of its folder: transformers takes a config.json and then misses a tokenizer.
+
+    Raises:
+        ConfigError: A name is that of a file.
+    """
+    for role, name in (("model", model), ("verifier", verifier)):
+        if name is not None and Path(name).is_file():
+            raise ConfigError(f"{role}={name!r} is a file; give the folder that holds it, {str(Path(name).parent)!r}")
 
 
 def _find_connected(model: str, verifier: str | None, config: EngineConfig) -> SearchService:

@@ -63,16 +63,44 @@ def tree_attention_triton(
         )
     if not cache.is_contiguous() or cache.device != query.device:
         raise ValueError("the kernel reads a contiguous cache on the query's device; use implementation='eager'")
-    group = heads // cache.shape[2]
-    tallest = heights(dim, query.dtype)
-    key = (id(layout), group, tallest, cache.shape[2])
+    key = (id(layout), heads, cache.shape[2:], query.dtype)
     work = None if works is None else works.get(key)
     if work is None:
-        tiles_wanted = -(-4 * _processors(query.device) // cache.shape[2])
-        work = plan_work(layout, group=group, tiles_wanted=tiles_wanted, heights=tallest).to(query.device)
+        work = plan_pass(layout, cache, group=heads // cache.shape[2]).to(query.device)
         if works is not None:
             works[key] = work
     return run_work(query, cache, work, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def plan_pass(layout: AttentionLayout, cache: torch.Tensor, *, group: int) -> WorkList:
+    """The work list, on the CPU, of layers with such a cache ([S, 2, K, D]) and `group` query heads to a KV head."""
+    tiles_wanted = -(-4 * _processors(cache.device) // cache.shape[2])
+    return plan_work(layout, group=group, tiles_wanted=tiles_wanted, heights=heights(cache.shape[3], cache.dtype))
+
+
+def store(cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Write new tokens' K and V, in one launch that can be captured in a CUDA graph.
+
+    Args:
+        cache: Of one layer, contiguous. Shape [S, 2, K, D].
+        slots: Where each token goes, -1 = nowhere. Shape [T], int32.
+        keys: Of any strides but one along D. Shape [T, K, D].
+        values: The same. Shape [T, K, D].
+    """
+    kv_heads, dim = keys.shape[1:]
+    with torch.cuda.device(cache.device) if cache.device.type == "cuda" else nullcontext():
+        _store[(len(slots),)](
+            cache,
+            slots,
+            keys,
+            values,
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            KV_HEADS=kv_heads,
+            DIM=dim,
+            BLOCK_K=triton.next_power_of_2(kv_heads),
+            BLOCK_D=triton.next_power_of_2(dim),
+        )
 
 
 def run_work(
@@ -90,8 +118,9 @@ def run_work(
     graph and replayed on new contents of the same tensors.
     """
     heads, dim = query.shape[1:]
-    query = query.contiguous()
-    output = torch.empty_like(query)
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     partial = query.new_empty((max(work.partials, 1), heads, dim), dtype=torch.float32)
     lse = query.new_empty((max(work.partials, 1), heads), dtype=torch.float32)
     block_d = max(16, 1 << (dim - 1).bit_length())
@@ -108,7 +137,10 @@ def run_work(
             options |= {"num_warps": how.num_warps, "num_stages": how.num_stages}
             lists = work.tiles(part), work.entries, work.slots
             grid = (len(lists[0]) * cache.shape[2],)
-            _attend[grid](query, cache, output, partial, lse, *lists, sinks, scale, softcap, **sizes, **options)
+            strides = query.stride()[:2]
+            _attend[grid](
+                query, cache, output, partial, lse, *lists, sinks, scale, softcap, *strides, **sizes, **options
+            )
         if work.merge_count:
             options = {"HEADS": heads, "DIM": dim, "BLOCK_D": block_d, "BLOCK_P": MERGED_AT_ONCE}
             options |= {"num_warps": block_d // 128 or 1}
@@ -150,7 +182,7 @@ def _shared_bytes(device: torch.device) -> int:
 
 @triton.jit
 def _attend(
-    query,  # [T, H, D]
+    query,  # [T, H, D], strided
     cache,  # [S, 2, K, D]
     output,  # [T, H, D]
     partial,  # [P, H, D] fp32, outputs of tiles whose queries have several
@@ -161,6 +193,8 @@ def _attend(
     sinks,  # [H] or None
     scale,
     softcap,  # or None
+    token_stride,  # of the query
+    head_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -171,6 +205,8 @@ def _attend(
     tile = tiles + tl.program_id(0) // KV_HEADS * 4
     kv_head = tl.program_id(0) % KV_HEADS
     begin, end, first_entry, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    if count == 0:  # padding of the list
+        return
     row = tl.arange(0, BLOCK_M)
     real = row // GROUP < count
     entry = entries + (first_entry + row // GROUP) * 4
@@ -182,7 +218,8 @@ def _attend(
     dim = tl.arange(0, BLOCK_D)
     inside = dim < DIM
     place = (which * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
-    q = tl.load(query + place, mask=real[:, None] & inside[None, :], other=0.0)
+    asked = (which * token_stride + head * head_stride)[:, None] + dim[None, :]
+    q = tl.load(query + asked, mask=real[:, None] & inside[None, :], other=0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -219,6 +256,35 @@ def _attend(
     spot = target * (KV_HEADS * GROUP) + head
     tl.store(partial + spot[:, None] * DIM + dim[None, :], acc, mask=several[:, None] & inside[None, :])
     tl.store(lse + spot, top + tl.log2(total), mask=several)
+
+
+@triton.jit
+def _store(
+    cache,  # [S, 2, K, D]
+    slots,  # [T]
+    keys,  # [T, K, D], strided
+    values,  # [T, K, D], strided
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
+    head = tl.arange(0, BLOCK_K)[:, None]
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < KV_HEADS) & (dim < DIM)
+    there = cache + slot * (2 * KV_HEADS * DIM) + head * DIM + dim
+    key = tl.load(keys + token * key_token_stride + head * key_head_stride + dim, mask=inside)
+    value = tl.load(values + token * value_token_stride + head * value_head_stride + dim, mask=inside)
+    tl.store(there, key, mask=inside)
+    tl.store(there + KV_HEADS * DIM, value, mask=inside)
 
 
 @triton.jit

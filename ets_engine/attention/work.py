@@ -86,6 +86,10 @@ class WorkList:
         """The same on another device, in one copy."""
         return replace(self, numbers=self.numbers.to(device))
 
+    def over(self, numbers: torch.Tensor) -> WorkList:
+        """The same shape over other numbers ([N]), e.g. those that a CUDA graph reads."""
+        return replace(self, numbers=numbers)
+
     def _table(self, start: int, count: int) -> torch.Tensor:
         return self.numbers[start : start + WIDTH * count].view(count, WIDTH)
 
@@ -154,11 +158,8 @@ def plan_work(
 
 
 def bucket(count: int) -> int:
-    """`count` rounded up to a number that few counts share, at most an eighth more and at least 16; 0 stays 0."""
-    if count <= 16:
-        return 16 if count else 0
-    step = max(16, 1 << ((count - 1).bit_length() - 4))
-    return -(-count // step) * step
+    """`count` rounded up to a power of two, at least 16, so that few shapes come about; 0 stays 0."""
+    return 1 << max(4, (count - 1).bit_length()) if count else 0
 
 
 class _Pieces(NamedTuple):

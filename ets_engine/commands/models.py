@@ -12,6 +12,7 @@ from ets_engine.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ets_engine.services import ServerDescription
     from ets_engine.types import EngineDescription, ModelDescription, SearchResult
 
 CHECK_PROBLEM = "What is 12 + 30?"
@@ -46,9 +47,21 @@ def models(
 
 
 def check(
-    model: Annotated[str, option("NAME", "Model that proposes steps.", default="the shipped one")] = "reference",
+    model: Annotated[
+        str,
+        option(
+            "NAME",
+            "Model that proposes steps: a folder, a hub name, or openai:http://host:8000/v1#name.",
+            default="the shipped one",
+        ),
+    ] = "reference",
     verifier: Annotated[
-        str | None, option("NAME", "What scores steps: a PRM, or logprob.", default="the shipped model's own")
+        str | None,
+        option(
+            "NAME",
+            "What scores steps: a PRM, or logprob; judge:openai:... or pooling:openai:... for a model on a server.",
+            default="the shipped model's own",
+        ),
     ] = None,
     device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
     preset: Annotated[str, option("NAME", "Prompt and step boundaries.", default="as the model shows")] = "auto",
@@ -61,6 +74,8 @@ def check(
 ) -> None:
     """Load a policy and its verifier, run one small search, and say what was found and which widths fit.
 
+    Of a model behind a server, say what that can do and how long one call takes.
+
     Exit codes: 0 both work together, 1 they do not, 2 bad usage.
     """
     with one_line_errors():
@@ -68,18 +83,15 @@ def check(
 
         from ets_engine.config import EngineConfig, SearchConfig
         from ets_engine.reference import REFERENCE
-        from ets_engine.service import ETSEngine
-        from ets_engine.services import REMOTE
+        from ets_engine.services import REMOTE, open_engine
 
-        if model.startswith(REMOTE):
-            raise ConfigError(  # the address is not repeated, it may hold a password
-                "--model openai:...: it is loaded on its server; `ets solve` asks it, and says what fails"
-            )
+        if model.startswith(REMOTE) and preset != "auto":
+            raise ConfigError("--preset has no effect on a server's model: its server decides the prompt; leave it out")
         _check_at_least_1("--tokens", tokens)
         quiet_libraries(is_terminal=False)
         config = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
         asked = problem or ("Use 1, 3, 7 and 17 to make 22." if model == REFERENCE else CHECK_PROBLEM)
-        with ETSEngine.from_pretrained(model, verifier, config) as engine:
+        with open_engine(model, verifier, config) as engine:
             found = engine.describe()
             strategy = "best_of_n" if found.verifier_name is None else "ets"
             vote = "majority" if found.verifier_name is None else "weighted"
@@ -139,13 +151,19 @@ def _memory_table(role: str, width: int, tokens: int, sharing: float) -> Table:
     return table
 
 
-def _found_table(found: EngineDescription, tokens: int) -> Table:
+def _found_table(found: EngineDescription | ServerDescription, tokens: int) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
+
+    from ets_engine.types import EngineDescription
 
     table = Table(box=SIMPLE, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
+    if not isinstance(found, EngineDescription):
+        for head, value in _server_facts(found).items():
+            table.add_row(head, value)
+        return table
     for role, one in (("policy", found.policy), ("verifier", found.verifier)):
         if one is None:
             table.add_row(role, found.verifier_name or "none: each search brings a function")
@@ -174,6 +192,41 @@ def _facts(one: ModelDescription, tokens: int) -> dict[str, str]:
         if width is None
         else f"{plural(width, 'path')} of {plural(tokens, 'token')}, nothing shared",
     }
+
+
+def _server_facts(found: ServerDescription) -> dict[str, str]:
+    from ets_engine.terminal.words import plural, seconds
+
+    stops = {
+        "told": "named with each choice",
+        "kept": "kept in the text",
+        "silent": "neither named nor kept: steps are sampled to their longest and cut here",
+    }
+    context = found.context_tokens
+    measured = [url for url, has in found.metrics.items() if has]
+    return {
+        "policy: model": f"{found.name} at {', '.join(found.urls)}",
+        "policy: context": "the server does not say" if context is None else plural(context, "token"),
+        "policy: prompts": found.prompts,
+        "policy: steps": f"end with {', '.join(map(repr, found.boundaries))}",
+        "server: token ids": f"as prompts: {_yes(found.token_prompts)}, with choices: {_yes(found.token_ids)}",
+        "server: n choices": _yes(found.choices) if found.choices else "no: a request for each branch",
+        "server: seed": _yes(found.seed),
+        "server: top_k, min_p": _yes(found.cuts),
+        "server: stop texts": stops[found.stop],
+        "server: metrics": "prefix-cache figures" if len(measured) == len(found.urls) else _some(measured),
+        "server: one call": f"{seconds(found.call_s)} for one token",
+        "verifier": found.verifier_name or "none: each search brings a function",
+        "embedder": found.embedder,
+    }
+
+
+def _yes(has: bool) -> str:
+    return "yes" if has else "no"
+
+
+def _some(urls: list[str]) -> str:
+    return f"prefix-cache figures of {', '.join(urls)} alone" if urls else "no prefix-cache figures"
 
 
 def _trial(result: SearchResult) -> str:

@@ -17,6 +17,7 @@ from ets_engine.evaluation.grading import Mode, grade
 from ets_engine.evaluation.methods import Method
 from ets_engine.evaluation.problems import EvalProblem
 from ets_engine.evaluation.records import Outcome, Pass, Record, Results
+from ets_engine.protocols import SearchService
 from ets_engine.service import ETSEngine
 from ets_engine.types import Candidate, SearchResult
 
@@ -58,7 +59,8 @@ class Bench:
     """What a comparison runs on.
 
     Attributes:
-        engine: Models to search with; nothing else should use them meanwhile.
+        engine: What searches; nothing else should use its models meanwhile. One over a server knows no bandwidth, no
+            FLOPs, and of the KV only what can be counted from the tree.
         problems: The same for every method.
         results: Where searches are written down.
         base: Settings of every search, apart from strategy, width and seed.
@@ -73,7 +75,7 @@ class Bench:
         ConfigError: A count is out of range, or the mode is unknown.
     """
 
-    engine: ETSEngine
+    engine: SearchService
     problems: Sequence[EvalProblem]
     results: Results
     base: SearchConfig
@@ -171,7 +173,8 @@ class Bench:
         result: SearchResult | None = None
         try:
             result = future.result()
-            record = record_of(result, job, self.mode, concurrency, self.engine.num_parameters)
+            counts = self.engine.num_parameters if isinstance(self.engine, ETSEngine) else None
+            record = record_of(result, job, self.mode, concurrency, counts)
         except Exception as error:
             record = Record(**_asked(job, concurrency), error=f"{type(error).__name__}: {error}")
         self.results.add(record)
@@ -179,7 +182,9 @@ class Bench:
         return not record.error
 
 
-def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_parameters: tuple[int, int]) -> Record:
+def record_of(
+    result: SearchResult, job: Job, mode: Mode, concurrency: int, num_parameters: tuple[int, int] | None
+) -> Record:
     """What is written down of one search.
 
     Args:
@@ -187,17 +192,21 @@ def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_
         job: What was searched.
         mode: How answers are compared.
         concurrency: Searches in flight, this one included.
-        num_parameters: Of policy and verifier.
+        num_parameters: Of policy and verifier, None = the policy runs elsewhere.
     """
     kv, prm = result.kv, result.verifier_kv
-    read = result.prompt_tokens + result.generated_tokens
+    is_here = num_parameters is not None
+    flops = None
+    if num_parameters is not None:
+        read = result.prompt_tokens + result.generated_tokens
+        flops = 2.0 * (num_parameters[0] * read + num_parameters[1] * result.verifier_tokens)
     return Record(
         **_asked(job, concurrency),
         outcomes={vote: _outcome(result, job.problem, vote, mode) for vote in job.method.votes},
         any_right=any(grade(job.problem, one.answer, mode=mode).lenient for one in result.candidates),
         mean_kv_tokens=kv.mean_tokens if kv else None,
         peak_kv_tokens=kv.peak_tokens if kv else None,
-        kv_token_bytes=kv.bytes_per_token if kv else None,
+        kv_token_bytes=kv.bytes_per_token if kv and is_here else None,
         published_kv_tokens=kv.published_tokens if kv else None,
         sharing_ratio=kv.sharing_ratio if kv else None,
         mean_prm_kv_tokens=prm.mean_tokens if prm else None,
@@ -207,9 +216,9 @@ def record_of(result: SearchResult, job: Job, mode: Mode, concurrency: int, num_
         verifier_tokens=result.verifier_tokens,
         prompt_tokens=result.prompt_tokens,
         model_calls=result.timing.decode_steps,
-        flops=2.0 * (num_parameters[0] * read + num_parameters[1] * result.verifier_tokens),
+        flops=flops,
         wall_s=result.timing.wall_s,
-        model_s=result.timing.policy_s + result.timing.verifier_s,
+        model_s=result.timing.policy_s + result.timing.verifier_s if is_here else 0.0,
         select_s=result.timing.select_s,
         bytes_moved=result.timing.bytes_moved,
     )

@@ -1,6 +1,7 @@
 """Tree search over models behind OpenAI-compatible servers: vLLM, SGLang, `transformers serve` and others."""
 
 from ets_engine.remote.address import Address
+from ets_engine.remote.description import ServerDescription
 from ets_engine.remote.engine import RemoteEngine, connect
 from ets_engine.remote.metrics import ServerMetrics
 from ets_engine.remote.policy import RemotePolicy
@@ -18,6 +19,7 @@ __all__ = [
     "RemotePolicy",
     "Replicas",
     "Server",
+    "ServerDescription",
     "ServerError",
     "ServerMetrics",
     "connect",

@@ -14,17 +14,19 @@ from ets_engine.hosted import HostedEngine
 from ets_engine.messages import Message
 from ets_engine.protocols import Embedder, StepView
 from ets_engine.remote.address import Address
+from ets_engine.remote.description import ServerDescription
 from ets_engine.remote.metrics import ServerMetrics, read_metrics
 from ets_engine.remote.policy import RemotePolicy
 from ets_engine.remote.replicas import Replicas
 from ets_engine.remote.server import ServerError
-from ets_engine.remote.verifier import parse_verifier
+from ets_engine.remote.verifier import JudgeVerifier, PoolingVerifier, ServedVerifier, find_layout, parse_verifier
 from ets_engine.results import counted_kv
 from ets_engine.scorers import BatchScorer, Scorer
 from ets_engine.search import SearchTree
 from ets_engine.types import KVStats
 
 Rebuild = tuple[Callable[..., Any], tuple[Any, ...]]
+Reach = Callable[[Address], Replicas]
 
 _DEFAULT_BOUNDARIES = ("\n\n",)
 _OF_PRM = ("dtype", "step_separator", "verifier_format", "verifier_load_options")  # settings that decide its scores
@@ -46,6 +48,7 @@ class RemoteEngine(HostedEngine):
         closes: Called when it closes, the last search having ended.
         rebuild: A function and its arguments, which make or find this engine again where it is unpickled; None = what
             is registered under its name there.
+        judged_by: Names the verifier, None = there is none.
         view, embedder, max_concurrent_searches: As in `HostedEngine`.
     """
 
@@ -59,6 +62,7 @@ class RemoteEngine(HostedEngine):
         policy: RemotePolicy,
         closes: Sequence[Callable[[], None]] = (),
         rebuild: Rebuild | None = None,
+        judged_by: str | None = None,
         view: StepView | None = None,
         embedder: Embedder | None = None,
         max_concurrent_searches: int = 64,
@@ -78,6 +82,8 @@ class RemoteEngine(HostedEngine):
         self._policy = policy
         self._closes = tuple(closes)
         self._rebuild = rebuild
+        self._judged_by = judged_by
+        self._embedded_by = "the words of the steps" if embedder is None else _name_of(embedder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle how it is made or found again, else its name, as in `HostedEngine`."""
@@ -105,6 +111,32 @@ class RemoteEngine(HostedEngine):
             except ServerError:
                 found[server.url] = None
         return found
+
+    def describe(self) -> ServerDescription:
+        """What is known of the server and the model, by a handful of tiny requests.
+
+        Raises:
+            ConfigError: It is not known how the model wants its prompts; the message says what to pass to `connect`.
+            EngineError: The server cannot be asked.
+        """
+        able = self._policy.capabilities()
+        return ServerDescription(
+            name=self.address.model,
+            urls=self.address.urls,
+            context_tokens=able.context_tokens,
+            prompts=self._policy.describe_prompts(),
+            boundaries=self._policy.boundaries,
+            token_prompts=able.token_prompts,
+            token_ids=able.token_ids,
+            choices=able.choices,
+            seed=able.seed,
+            cuts=able.extras,
+            stop=able.stop,
+            metrics={url: found is not None for url, found in self.server_metrics().items()},
+            call_s=self._policy.measure_call(),
+            verifier_name=self._judged_by,
+            embedder=self._embedded_by,
+        )
 
     def close(self) -> None:
         """Take no more searches, wait for those submitted so far, and close all connections.
@@ -142,7 +174,8 @@ def connect(
         verifier: A function or `BatchScorer`; `judge:openai:URL#model`, a chat model that marks steps;
             `pooling:openai:URL#model`, a PRM behind a pooling endpoint; a PRM to be run here, by folder or hub name or
             "reference"; None = every search brings its own, or is one that no score can change.
-        config: How a PRM is run here; nothing else of it reaches a server.
+        config: How a PRM is run here, or what one behind a pooling endpoint reads (`verifier_format` "qwen" or "trl",
+            `step_separator`); nothing else of it reaches a server.
         boundaries: Texts that end a step; see `RemotePolicy` for what token ids make of them.
         tokenizer: The model's, by folder or hub name, for its chat template; not needed where the server has
             `/tokenize`, or the model's name is that of a cached or local one.
@@ -195,6 +228,7 @@ def connect(
         policy=policy,
         closes=(replicas.close, *closes),
         rebuild=rebuild,
+        judged_by=judged_by,
         view=view,
         embedder=embedder,
         max_concurrent_searches=max_concurrent_searches,
@@ -202,21 +236,21 @@ def connect(
 
 
 def _find_verifier(
-    verifier: Scorer | str | None, config: EngineConfig | None, reach: Callable[[Address], Replicas]
+    verifier: Scorer | str | None, config: EngineConfig | None, reach: Reach
 ) -> tuple[Scorer | None, str | None, tuple[Callable[[], None], ...]]:
     """The verifier, its name for caches, and what closes it."""
+    config = config or EngineConfig()
     if verifier is None:
+        config.refuse_prm_settings("what each search brings")
         return None, None, ()
     if not isinstance(verifier, str):
         if not (callable(verifier) or isinstance(verifier, BatchScorer)):
             raise ConfigError(f"verifier={verifier!r:.100}: give a function, a BatchScorer or a name")
+        config.refuse_prm_settings("an object of the caller's")
         return verifier, _name_of(verifier), ()
     served = parse_verifier(verifier)
     if served is not None:
-        make, at = served
-        name = f"{verifier.partition(':')[0]}:{at.name}"
-        judge = make(reach(at), at.model, id=name)
-        return judge, name, (judge.close,)
+        return _find_served(*served, config, reach)
     if verifier in ("logprob", "self_certainty") or verifier.startswith("probe:"):  # as `find_intrinsic` reads them
         raise ConfigError(
             f"verifier={verifier!r} reads what the policy computes as it writes, which no server tells; give "
@@ -224,10 +258,23 @@ def _find_verifier(
         )
     from ets_engine.models import PrmScorer  # it loads torch
 
-    config = config or EngineConfig()
     options = {key: value for key, value in config.verifier_load_options.items() if key not in _SECRET}
     changed = config.model_copy(update={"verifier_load_options": options}).changed(_OF_PRM)
     return PrmScorer.from_pretrained(verifier, config), "+".join([verifier, *changed]), ()
+
+
+def _find_served(
+    kind: ServedVerifier, at: Address, config: EngineConfig, reach: Reach
+) -> tuple[Scorer, str, tuple[Callable[[], None], ...]]:
+    """The same for a verifier behind a server."""
+    if kind is JudgeVerifier:
+        config.refuse_prm_settings("a chat model that judges")
+        name = f"judge:{at.name}"
+        judge = JudgeVerifier(reach(at), at.model, id=name)
+    else:
+        name = "+".join([f"pooling:{at.name}", *config.changed(("verifier_format", "step_separator"))])
+        judge = PoolingVerifier(reach(at), at.model, layout=find_layout(config), id=name)
+    return judge, name, (judge.close,)
 
 
 def _name_of(given: object) -> str:

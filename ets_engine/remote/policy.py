@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from statistics import median
 from typing import Any
 
 from ets_engine.config import SearchConfig
@@ -33,6 +34,7 @@ from ets_engine.types import Step, StopReason
 
 _LOGGER = logging.getLogger(__name__)
 _FAILURE_KEPT_S = 5.0
+_MEASURED_CALLS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,29 @@ class RemotePolicy:
                 if self._known.stop == "silent":
                     _LOGGER.warning("the server of %r does not say what stops it; steps are cut here", self._model)
             return self._known
+
+    @property
+    def boundaries(self) -> tuple[str, ...]:
+        """Texts that end a step."""
+        return self._boundaries
+
+    def describe_prompts(self) -> str:
+        """How prompts are written, as `PromptWriter.describe`."""
+        return self._writer.describe()
+
+    def measure_call(self) -> float:
+        """Median of some calls for one token, one after another (seconds).
+
+        Raises:
+            ServerError: The server cannot be asked.
+        """
+        body = {"model": self._model, "prompt": "1", "max_tokens": 1, **_sampling(SearchConfig(), self.capabilities())}
+        seconds: list[float] = []
+        for _ in range(_MEASURED_CALLS):
+            began_s = time.perf_counter()
+            self._replicas.post(COMPLETIONS, body)
+            seconds.append(time.perf_counter() - began_s)
+        return median(seconds)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, as `PromptWriter.count`."""

@@ -93,6 +93,24 @@ class PromptWriter:
                 self._written.popitem(last=False)
         return found
 
+    def describe(self) -> str:
+        """How prompts are written, for people.
+
+        Raises:
+            ConfigError: There is no way to write them; the message says what to pass.
+            ServerError: The server cannot be asked.
+        """
+        with self._lock:
+            self._prepare()
+        if self._template == PLAIN:
+            how = "the problem on a line of its own"
+        elif self._template is not None:
+            how = f"the problem in {self._template!r}"
+        else:
+            how = "the chat template"
+        by = "the server's tokenizer" if self._by_server else "a tokenizer here"
+        return how if self._tokenizer is None and not self._by_server else f"{how}, by {by}"
+
     def encode(self, text: str) -> tuple[int, ...] | None:
         """Token ids of a step, without special tokens; None where nobody here knows the tokenizer.
 

@@ -6,10 +6,11 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ets_engine.config import EngineConfig
 from ets_engine.errors import ConfigError
 from ets_engine.remote.address import Address
 from ets_engine.remote.replicas import Replicas, digest
@@ -57,6 +58,7 @@ while Skywork's and TRL's PRMs of that family learned to score a newline token o
 """
 
 _CHUNK = 32  # paths of one request
+_REFUSED = (400, 413, 422)  # what a server says of a path that is too long for it, among others
 
 
 class PoolingVerifier:
@@ -66,7 +68,8 @@ class PoolingVerifier:
     row of what comes back, whether that has a row per token (`ALL` pooling), per mark (`STEP`) or one (`LAST`). Of two
     columns, the second is the class that says "right"; one column is a logit, or with `endpoint="classify"` a share.
     The whole path is sent for each new step. Whether the server reads the common part again is its own affair: vLLM
-    skips its prefix cache for token-wise pooling unless it is told otherwise.
+    skips its prefix cache for token-wise pooling unless it is told otherwise. vLLM refuses a whole request for one path
+    that is too long, so what is refused is asked again in halves, and only that path has no score.
 
     Args:
         replicas: Of the PRM.
@@ -93,8 +96,8 @@ class PoolingVerifier:
             layout = next((found for part, found in _LAYOUT_OF if part in model.lower()), "")
         if isinstance(layout, str) and layout not in LAYOUTS:
             raise ConfigError(
-                f"what the PRM {model!r} reads is not known; pass PoolingVerifier(..., layout=), one of "
-                f"{', '.join(LAYOUTS)} or a PrmLayout"
+                f"what the PRM {model!r} reads is not known; pass verifier_format 'qwen' or 'trl', or to "
+                f"PoolingVerifier(..., layout=) one of {', '.join(LAYOUTS)} or a PrmLayout"
             )
         self.id = id
         self._layout = LAYOUTS[layout] if isinstance(layout, str) else layout
@@ -118,10 +121,16 @@ class PoolingVerifier:
                 raise ServerError(f"it gave {found} scores, {len(chunk)} were asked for")
             return [self._read(row) for row in rows]
 
-        scores: list[float] = []
-        for chunk, found in zip(chunks, self._replicas.map(ask, chunks), strict=True):
-            scores += self._log.dead(found, len(chunk)) if isinstance(found, ServerError) else found
-        return scores
+        def score(chunk: list[str]) -> list[float]:
+            try:
+                return ask(chunk)
+            except ServerError as error:
+                if len(chunk) == 1 or error.status not in _REFUSED:
+                    return self._log.dead(error, len(chunk))
+            half = len(chunk) // 2
+            return [*score(chunk[:half]), *score(chunk[half:])]
+
+        return [one for scores in self._replicas.map(score, chunks) for one in scores]
 
     def close(self) -> None:
         """Close all connections."""
@@ -148,6 +157,36 @@ class PoolingVerifier:
 
 
 _LAYOUT_OF = (("qwen2.5-math-prm", "qwen"), ("qwen2.5-math-7b-prm800k", "qwen"))
+
+
+def find_layout(config: EngineConfig) -> PrmLayout | None:
+    r"""The layout that settings name for a PRM behind a pooling endpoint; None = as the model's name tells.
+
+    Raises:
+        ConfigError: A setting that only a PRM loaded here would read.
+
+    Example:
+        >>> find_layout(EngineConfig(verifier_format="trl", step_separator="\n\n"))
+        PrmLayout(before='{problem}\n\n', separator='\n\n')
+    """
+    kind, separator = config.verifier_format, config.step_separator
+    if config.verifier_load_options:
+        raise ConfigError(
+            "verifier_load_options: the PRM behind pooling:openai:... was loaded by its server; leave it out"
+        )
+    if separator is not None and kind != "trl":
+        raise ConfigError(f"step_separator={separator!r}: behind pooling:openai:... it goes with verifier_format='trl'")
+    if kind == "auto":
+        return None
+    if kind == "trl":
+        end = separator or "\n"
+        return PrmLayout("{problem}" + end, end)
+    if kind == "qwen":
+        return LAYOUTS["qwen"]
+    raise ConfigError(
+        f"verifier_format={kind!r}: behind pooling:openai:... a PRM is of 'qwen' or 'trl'; load others here, by folder "
+        "or hub name"
+    )
 
 
 _ASK = (
@@ -287,10 +326,11 @@ def _checked(score: float, log: _FirstOnly) -> float:
     return min(1.0, max(0.0, score))
 
 
-_KINDS: Mapping[str, Callable[..., Any]] = {"judge": JudgeVerifier, "pooling": PoolingVerifier}
+ServedVerifier = type[JudgeVerifier] | type[PoolingVerifier]
+_KINDS: Mapping[str, ServedVerifier] = {"judge": JudgeVerifier, "pooling": PoolingVerifier}
 
 
-def parse_verifier(text: str) -> tuple[Callable[..., Any], Address] | None:
+def parse_verifier(text: str) -> tuple[ServedVerifier, Address] | None:
     """What `judge:openai:URL#model` and `pooling:openai:URL#model` name; None for another name.
 
     Raises:

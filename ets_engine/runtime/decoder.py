@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ets_engine.errors import ContextLengthError
+from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.runtime.branches import Branch, DecodeUsage, FinishedBranch, Leaf
 from ets_engine.runtime.runner import Runner
-from ets_engine.runtime.sampler import certainties, sample, uniforms
+from ets_engine.runtime.sampler import certainties, check_drawn, draw, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
+from ets_engine.runtime.transfer import Readback, upload
 from ets_engine.types import StopReason
 
 
@@ -52,6 +54,7 @@ class StepDecoder:
         self.runner = runner
         self.tokenizer = tokenizer
         self._stops = StopFinder(tokenizer)
+        self._readback = Readback(runner.device)
         self._waiting: list[Branch] = []
         self._live: list[_Live] = []
         self._states = torch.empty((0, runner.hidden_size), dtype=runner.dtype, device=runner.device)  # [B, hidden]
@@ -227,26 +230,30 @@ class StepDecoder:
         """`step` for the live branches."""
         started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
         live = self._live
-        tokens, logprobs, certainty = self._draw()
-        reasons = [
-            self._stops.reason(
-                one.branch.stops,
-                one.branch.parent.recent,
-                [*one.tokens, token],
-                self._tokens_left(one.branch),
-                one.branch.parent.num_written,
-                one.branch.parent.carry,
-            )
-            for one, token in zip(live, tokens, strict=True)
-        ]
-        finished = [
-            self._finish(row, tokens[row], logprobs[row], certainty[row], reason)
-            for row, reason in enumerate(reasons)
-            if reason is not None
-        ]
+        drawn = self._draw()
+        self._readback.mark()
+        ahead = self._run_ahead(drawn[0]) if self.runner.runs_ahead else None
+        try:
+            with self._readback.reading():
+                tokens, logprobs, certainty = (one.tolist() for one in drawn)
+                check_drawn(logprobs)
+                reasons = self._reasons(tokens)
+                done = {row: reason for row, reason in enumerate(reasons) if reason is not None}
+                means = self._means(list(done))
+            finished = [
+                self._finish(row, tokens[row], logprobs[row], certainty[row], reason, mean)
+                for (row, reason), mean in zip(done.items(), means, strict=True)
+            ]
+        except BaseException:
+            if ahead is not None:
+                self._forget_last(range(len(live)))
+            raise
         going = [row for row, reason in enumerate(reasons) if reason is None]
         states = self._states[:0]
-        if going:
+        if ahead is not None:
+            self._forget_last(done)
+            states = ahead[upload(going, self.runner.device, torch.int64)] if done else ahead
+        elif going:
             states = self.runner.extend_last([(live[row].handle, [tokens[row]]) for row in going])
         # nothing below can fail: commit
         searches = [one.branch.parent.search for one in live]
@@ -265,40 +272,88 @@ class StepDecoder:
         self._sums += states
         return finished
 
+    def _run_ahead(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Feed all live branches their drawn tokens ([B]) before it is known who stops; None where there is no room.
+
+        So the device is at work while the host looks at the tokens; who stops has done one pass in vain.
+        """
+        try:
+            return self.runner.extend_drawn([one.handle for one in self._live], tokens)
+        except (PoolExhaustedError, ContextLengthError):  # only those that go on may fit
+            return None
+
+    def _forget_last(self, rows: Iterable[int]) -> None:
+        """Take the last token of some live branches out of the KV tree again."""
+        tree = self.runner.tree
+        for row in rows:
+            handle = self._live[row].handle
+            tree.truncate(handle, tree.num_tokens(handle) - 1)
+
+    def _reasons(self, tokens: Sequence[int]) -> list[StopReason | None]:
+        """Why each live branch stops at the token just drawn, None = it goes on."""
+        return [
+            self._stops.reason(
+                one.branch.stops,
+                one.branch.parent.recent,
+                [*one.tokens, token],
+                self._tokens_left(one.branch),
+                one.branch.parent.num_written,
+                one.branch.parent.carry,
+            )
+            for one, token in zip(self._live, tokens, strict=True)
+        ]
+
+    def _means(self, rows: list[int]) -> NDArray[np.float32]:
+        """Mean of the states that each of these live branches has read, or its only one. [F, hidden]."""
+        if not rows:
+            return np.empty((0, self.runner.hidden_size), dtype=np.float32)
+        device = self.runner.device
+        read = upload([len(self._live[row].tokens) for row in rows], device, torch.int64)[:, None]
+        states = self._states[upload([self._live[row].state for row in rows], device, torch.int64)]
+        sums = self._sums[upload(rows, device, torch.int64)]
+        return torch.where(read > 0, sums / read.clamp_min(1), states.float()).cpu().numpy()
+
     def _tokens_left(self, branch: Branch) -> int:
         return min(branch.max_tokens, self.runner.context_tokens - branch.parent.path_tokens)
 
-    def _draw(self) -> tuple[list[int], list[float], list[float]]:
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The next token of every live branch, its log-probability, and the model's certainty where it is asked for.
 
-        Repeating it gives the same tokens.
+        Shape [B] each, on the device, which may not have them yet. Repeating it gives the same tokens.
         """
         live = self._live
         logits = self.runner.logits(self._states)
         rows = [one.state for one in live]
         if rows != list(range(len(logits))):
-            logits = logits[rows]
+            logits = logits[upload(rows, self.runner.device, torch.int64)]
         draws = uniforms(
             [one.branch.seed for one in live],
             [one.branch.node for one in live],
             [one.branch.parent.path_tokens + len(one.tokens) for one in live],
         )
-        tokens, logprobs = sample(logits, [one.branch.sampling for one in live], draws)
+        tokens, logprobs = draw(logits, [one.branch.sampling for one in live], draws)
         asked = [row for row, one in enumerate(live) if one.branch.needs_certainty]
-        certainty = [0.0] * len(live)
-        if asked:
-            found = certainties(logits if len(asked) == len(live) else logits[asked])
-            for row, value in zip(asked, found.tolist(), strict=True):
-                certainty[row] = value
-        return tokens.tolist(), logprobs.tolist(), certainty
+        certainty = logprobs.new_zeros(len(live))
+        if len(asked) == len(live):
+            certainty = certainties(logits)
+        elif asked:
+            index = upload(asked, self.runner.device, torch.int64)
+            certainty[index] = certainties(logits[index])
+        return tokens, logprobs, certainty
 
-    def _finish(self, row: int, token: int, logprob: float, certainty: float, reason: StopReason) -> FinishedBranch:
+    def _finish(
+        self,
+        row: int,
+        token: int,
+        logprob: float,
+        certainty: float,
+        reason: StopReason,
+        mean: NDArray[np.float32],
+    ) -> FinishedBranch:
         """The finished step of the live branch whose last token was just drawn; changes nothing."""
         one = self._live[row]
         ended = token in one.branch.stops.eos_ids
         tokens = tuple(one.tokens) if ended else (*one.tokens, token)
-        state, read = self._states[one.state], len(one.tokens)
-        mean = self._sums[row] / read if read else state
         parent = one.branch.parent
         text, carry = self._divide(one.branch, tokens, reason, ended)
         leaf = Leaf(
@@ -308,17 +363,16 @@ class StepDecoder:
             recent=(*parent.recent, *tokens)[-CONTEXT_TOKENS:],
             path_tokens=parent.path_tokens + len(tokens),
             prompt_tokens=parent.prompt_tokens,
-            hidden=state.clone() if ended else None,
+            hidden=self._states[one.state].clone() if ended else None,
             carry=carry,
         )
-        hidden_mean = mean.float().cpu().numpy().copy()  # not a view that keeps the states of the whole batch
         return FinishedBranch(
             one.branch,
             leaf,
             tokens,
             text,
             reason,
-            hidden_mean,
+            mean.copy(),  # not a view that keeps those of the whole batch
             num_sampled=len(one.tokens) + 1,
             logprob=one.logprob + logprob,
             certainty=one.certainty + certainty,
@@ -345,9 +399,12 @@ class StepDecoder:
 
     def _keep(self, rows: list[int], states: torch.Tensor | None = None) -> None:
         """Keep only these live branches, each with a hidden state of its own: the given ones, or those it has."""
-        self._states = self._states[[self._live[row].state for row in rows]] if states is None else states
+        device = self.runner.device
+        if states is None:
+            states = self._states[upload([self._live[row].state for row in rows], device, torch.int64)]
+        self._states = states
         if len(rows) < len(self._live):
-            self._sums = self._sums[rows]
+            self._sums = self._sums[upload(rows, device, torch.int64)]
             self._live = [self._live[row] for row in rows]
         for state, one in enumerate(self._live):
             one.state = state

@@ -127,7 +127,7 @@ class ShapeProbe:
         return query.new_zeros((1, query.shape[2], query.shape[1], query.shape[3]))
 
 
-def _ets_tree_attention(
+def attend_in_tree(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -141,6 +141,7 @@ def _ets_tree_attention(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: checks what it is asked for, then the forward's own `attend`."""
     if ets_tree is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not pass the forward's keyword arguments on to its attention function, or "
@@ -187,6 +188,6 @@ def window_of(mask_function: Callable[..., torch.Tensor], device: torch.device) 
     return window
 
 
-AttentionInterface.register(ATTENTION_NAME, _ets_tree_attention)
-AttentionInterface.register(PROBE_NAME, _ets_tree_attention)
+AttentionInterface.register(ATTENTION_NAME, attend_in_tree)
+AttentionInterface.register(PROBE_NAME, attend_in_tree)
 AttentionMaskInterface.register(PROBE_NAME, _ets_probe_mask)

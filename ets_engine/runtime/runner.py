@@ -6,12 +6,11 @@ Policy and verifier are the same thing here: a decoder-only base model over a KV
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from ets_engine.config import EngineConfig
 from ets_engine.errors import ContextLengthError, PoolExhaustedError, UnsupportedModelError
 from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixCache, PrefixTree, Row, TreeLayout
 from ets_engine.runtime.batching import Chunk, plan_forwards
+from ets_engine.runtime.compile import compile_layers
 from ets_engine.runtime.hook import TreeForward
 from ets_engine.runtime.linear import speed_up_linears
 from ets_engine.runtime.support import (
@@ -31,6 +31,10 @@ from ets_engine.runtime.support import (
     text_config,
     use_tree_attention,
 )
+from ets_engine.runtime.transfer import upload
+
+if TYPE_CHECKING:
+    from ets_engine.runtime.graphs import DecodeGraphs
 
 _MEMORY = Path("/proc/meminfo")  # of Linux; files that the system can drop count as free there
 # A segment costs the kernel a partial result per query, written and read: of 32 bits, about four tokens for each query
@@ -47,14 +51,12 @@ class RunnerStats:
     Attributes:
         forwards: Forward passes (count).
         tokens: Tokens fed (count).
-        busy_s: Seconds in forward passes and heads.
         bytes_moved: Weights plus distinct KV read, summed over forward passes (bytes); KV outside the window of a layer
             is not read.
     """
 
     forwards: int = 0
     tokens: int = 0
-    busy_s: float = 0.0
     bytes_moved: int = 0
 
 
@@ -100,6 +102,8 @@ class Runner:
         self.context_tokens = context_tokens(model.config)
         speed_up_linears(model)
         shapes, windows = probe_layers(model)
+        if self.config.compile_layers:
+            compile_layers(model)
         self._implementation: Literal["eager", "triton"] = self._choose_attention(shapes)
         token_bytes = sum(2 * one.kv_heads * one.head_dim for one in shapes) * self.dtype.itemsize
         pool = KVPool(
@@ -111,9 +115,12 @@ class Runner:
         )
         self.tree = PrefixTree(pool)
         self.prefixes = PrefixCache(self.tree, self.config.prefix_cache_tokens)
-        self._use_windows(windows)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
         self.stats = RunnerStats()
+        self._use_graphs = False
+        self._use_windows(windows)
+        self._use_graphs = self._can_use_graphs()
+        self._use_windows(windows)
         if verify:
             check_outputs(model, windows, self._probe)
             self.tree.reset_peak()
@@ -138,9 +145,55 @@ class Runner:
         }
         return "triton" if chosen == {"triton"} else "eager"
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether passes are only launched when `extend` returns: read what the host needs before the next one."""
+        return self.device.type == "cuda"
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decode passes are CUDA graphs."""
+        return self._graphs is not None
+
+    def _can_use_graphs(self) -> bool:
+        """Whether a decode pass of this model can be captured: not if it waits for the GPU on its way.
+
+        Raises:
+            UnsupportedModelError: it cannot, and `cuda_graphs=True` was asked for.
+        """
+        wanted = self.config.cuda_graphs
+        if wanted is False or self._implementation != "triton" or self.device.type != "cuda":
+            if wanted is True:
+                raise UnsupportedModelError(
+                    f"cuda_graphs=True needs the attention kernel, which {self.device} and {self.dtype} do not have; "
+                    "use cuda_graphs='auto'"
+                )
+            return False
+        self._use_graphs = True
+        self._use_windows(self._windows)
+        root = self.tree.root()
+        try:
+            self.extend_last([(root, [0])])
+        except RuntimeError as error:
+            if wanted is True:
+                raise UnsupportedModelError(
+                    f"no CUDA graph can be made of {type(self.model).__name__} ({error}); use cuda_graphs='auto'"
+                ) from error
+            return False
+        finally:
+            self.tree.release(root)
+            self._use_graphs = False
+        return True
+
     def _use_windows(self, windows: Sequence[int | None], min_saved_tokens: int | None = None) -> None:
         """Take the sliding window of each layer (tokens, None = it sees whole paths), and make layouts for them."""
         self._windows = windows
+        self._graphs: DecodeGraphs | None = None
+        if self._use_graphs:
+            from ets_engine.runtime.graphs import DecodeGraphs
+
+            heads = text_config(self.model).num_attention_heads
+            self._graphs = DecodeGraphs(self._base, self.tree.pool, windows, heads)
         uses_kernel = self._implementation == "triton"
         if uses_kernel and min_saved_tokens is None:
             min_saved_tokens = KERNEL_MIN_SAVED_TOKENS
@@ -180,8 +233,12 @@ class Runner:
         """`extend`, but only each row's last hidden state. Shape [B, hidden]."""
         return self._extend(rows, last_only=True)
 
-    def _extend(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
-        started_s = time.perf_counter()
+    @torch.inference_mode()
+    def extend_drawn(self, handles: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
+        """`extend_last` by one token each, whose ids ([B], int64) lie on the device and need not be known here yet."""
+        return self._extend([(handle, (0,)) for handle in handles], last_only=True, drawn=ids)
+
+    def _extend(self, rows: Rows, *, last_only: bool, drawn: torch.Tensor | None = None) -> torch.Tensor:
         stored = self._append(rows)
         lengths = [len(tokens) for _, tokens in rows]
         sizes = [1] * len(rows) if last_only else lengths
@@ -190,7 +247,7 @@ class Runner:
         try:
             forwards = plan_forwards(lengths, self.config.prefill_chunk_tokens)
             for chunks in forwards:
-                states, last_index = self._forward(rows, stored, chunks)
+                states, last_index = self._forward(rows, stored, chunks, drawn)
                 if len(forwards) == 1:
                     hidden = states[last_index] if last_only and len(states) > len(rows) else states
                     continue
@@ -215,9 +272,6 @@ class Runner:
         except BaseException:
             self._rollback(rows, stored)
             raise
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stats.busy_s += time.perf_counter() - started_s
         assert hidden is not None
         return hidden
 
@@ -256,16 +310,29 @@ class Runner:
             if self.tree.num_tokens(handle) > count:
                 self.tree.truncate(handle, count)
 
-    def _forward(self, rows: Rows, stored: Sequence[int], chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(
+        self, rows: Rows, stored: Sequence[int], chunks: list[Chunk], drawn: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: hidden states of all its tokens, and where the last one of each chunk is among them."""
         layout = self._layouts.build([Row(rows[c.row][0], stored[c.row] + c.start, c.stop - c.start) for c in chunks])
-        ids = [token for c in chunks for token in rows[c.row][1][c.start : c.stop]]
+        if drawn is None:
+            tokens = [token for c in chunks for token in rows[c.row][1][c.start : c.stop]]
+            ids = upload(tokens, self.device, torch.int64)
+        else:
+            ids = (
+                drawn if len(chunks) == len(drawn) else drawn[upload([c.row for c in chunks], self.device, torch.int64)]
+            )
+        self.stats.forwards += 1
+        self.stats.tokens += len(ids)
+        self.stats.bytes_moved += self.weight_bytes
+        for window, token_bytes in self._window_bytes.items():
+            self.stats.bytes_moved += layout.within(window).distinct_tokens * token_bytes
+        if self._graphs is not None and len(ids) == layout.num_rows and self._graphs.fits(layout):
+            return self._graphs.run(ids, layout), layout.last_index
         layout = self._move(layout)
         forward = TreeForward(self.tree.pool, layout, self._windows, self._implementation)
         output = self._base(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=layout.position_ids[None],
-            use_cache=False,
-            ets_tree=forward,
+            input_ids=ids[None], position_ids=layout.position_ids[None], use_cache=False, ets_tree=forward
         )
         if forward.calls != len(self.tree.pool.shapes):
             raise UnsupportedModelError(
@@ -273,11 +340,6 @@ class Runner:
                 f"{type(self.model).__name__} was changed after Runner took it, perhaps through a config object that "
                 "another model shares; give each model its own config"
             )
-        self.stats.forwards += 1
-        self.stats.tokens += len(ids)
-        self.stats.bytes_moved += self.weight_bytes
-        for window, token_bytes in self._window_bytes.items():
-            self.stats.bytes_moved += layout.within(window).distinct_tokens * token_bytes
         return output.last_hidden_state[0], layout.last_index
 
     def _move(self, layout: TreeLayout) -> TreeLayout:
@@ -301,11 +363,7 @@ class Runner:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no output head; load it as a causal LM or a token classifier"
             )
-        started_s = time.perf_counter()
         logits = _scale_logits(self._head(hidden), text_config(self.model))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stats.busy_s += time.perf_counter() - started_s
         self.stats.bytes_moved += self.head_bytes
         return logits
 

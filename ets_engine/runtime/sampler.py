@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ets_engine.errors import ConfigError, ETSError
+from ets_engine.runtime.transfer import upload
 
 _BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
 _BELOW_ONE = 1 - 2.0**-53
@@ -96,20 +97,39 @@ def sample(
     Raises:
         ETSError: A row holds NaN or infinity, or gives no token any weight.
     """
-    logits = logits.float()
-    logprobs = logits.log_softmax(-1)
-    if bool(logprobs[:, 0].isnan().any()):  # one such number makes its whole row NaN
+    tokens, logprobs = draw(logits, params, draws)
+    check_drawn(logprobs.tolist())
+    return tokens, logprobs
+
+
+def check_drawn(logprobs: Sequence[float]) -> None:
+    """Refuse what `draw` makes of logits that are not numbers.
+
+    Raises:
+        ETSError: A log-probability is NaN.
+    """
+    if any(math.isnan(one) for one in logprobs):
         raise ETSError(
             "the model's logits are not numbers: its activations outgrow its dtype, or its weights are broken; try "
             "dtype='float32'"
         )
+
+
+def draw(
+    logits: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample` that a GPU has not done yet when it returns, top-p apart; the log-probability of a bad row is NaN."""
+    logits = logits.float()
+    device = logits.device
+    logprobs = logits.log_softmax(-1)  # one number that is none makes its whole row NaN
     greedy = [row for row, one in enumerate(params) if one.temperature == 0]
     if len(greedy) == len(params):
         tokens = logits.argmax(-1)
     else:
-        tokens = _invert(_weights(logprobs, params), torch.from_numpy(np.asarray(draws)).to(logits.device)[:, None])
+        tokens = _invert(_weights(logprobs, params), upload(draws, device, torch.float64)[:, None])
         if greedy:
-            tokens[greedy] = logits[greedy].argmax(-1)
+            rows = upload(greedy, device, torch.int64)
+            tokens[rows] = logits[rows].argmax(-1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -131,14 +151,15 @@ def _weights(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.
     """What each token weighs after temperature and cuts. [B, V] -> [B, V]."""
     temperatures = [one.temperature or 1.0 for one in params]
     if any(temperature != 1.0 for temperature in temperatures):
-        weights = (logprobs / torch.tensor(temperatures, device=logprobs.device)[:, None]).softmax(-1)
+        divisors = upload(temperatures, logprobs.device, torch.float32)
+        weights = (logprobs / divisors[:, None]).softmax(-1)
     else:
         weights = logprobs.exp()
     cut = [row for row, one in enumerate(params) if one.temperature and (one.top_k or one.top_p < 1 or one.min_p)]
     if cut:
-        part = weights if len(cut) == len(params) else weights[cut]
-        part = part.masked_fill(part < _least(part, [params[row] for row in cut]), 0.0)
-        weights[cut] = part
+        rows = upload(cut, weights.device, torch.int64)
+        part = weights if len(cut) == len(params) else weights[rows]
+        weights[rows] = part.masked_fill(part < _least(part, [params[row] for row in cut]), 0.0)
     return weights
 
 
@@ -149,15 +170,16 @@ def _least(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     """
     vocabulary, device = weights.shape[1], weights.device
     most = min(vocabulary, max(_LIKELIEST, *(one.top_k for one in params)))
-    k = torch.tensor([min(one.top_k or vocabulary, vocabulary) for one in params], device=device)[:, None]
-    p = torch.tensor([one.top_p if one.top_p < 1 else math.inf for one in params], device=device)[:, None].double()
-    floor = torch.tensor([one.min_p for one in params], device=device)[:, None]
+    k = upload([min(one.top_k or vocabulary, vocabulary) for one in params], device, torch.int64)[:, None]
+    p = upload([one.top_p if one.top_p < 1 else math.inf for one in params], device, torch.float64)[:, None]
+    floor = upload([one.min_p for one in params], device, torch.float32)[:, None]
+    reaches = any(one.top_p < 1 for one in params)
     while True:
         ordered = weights.topk(most).values
         upto = ordered.double().cumsum(-1)
         total = torch.where(k < vocabulary, upto.gather(1, k.clamp_max(most) - 1), 1.0)
         inside = (torch.arange(most, device=device) < k) & (upto - ordered < p * total)  # likelier ones do not reach p
-        if most == vocabulary or not bool((inside[:, -1:] & (p < 1) & (k > most)).any()):
+        if most == vocabulary or not reaches or not bool((inside[:, -1:] & (p < 1) & (k > most)).any()):
             break
         most = min(vocabulary, 8 * most)
     last = ordered.gather(1, inside.sum(-1, keepdim=True) - 1)
@@ -175,7 +197,7 @@ def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     blocks = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
     block, draws = _pick(blocks.sum(-1), draws)
     inside, _ = _pick(blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0], draws)
-    return (block * _BLOCK + inside)[:, 0]
+    return (block * _BLOCK + inside)[:, 0].clamp_max(vocabulary - 1)
 
 
 def _pick(weights: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +207,7 @@ def _pick(weights: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, tor
     """
     upto = weights.double().cumsum(-1)
     target = draws * upto[:, -1:]  # below the total, whatever the rounding
-    entry = torch.searchsorted(upto, target, right=True)
+    entry = torch.searchsorted(upto, target, right=True).clamp_max(weights.shape[1] - 1)  # beyond it where a sum is NaN
     weight = weights.gather(1, entry)
     before = upto.gather(1, entry) - weight
     return entry, ((target - before) / weight).clamp_(0.0, _BELOW_ONE)

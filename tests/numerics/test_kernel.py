@@ -78,7 +78,8 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
     numbers |= {"BLOCK_M": height, "BLOCK_N": how.block_n, "BLOCK_P": kernel.MERGED_AT_ONCE}
     types = {name: "*" + dtype for name in ("query", "cache", "output")} | partials | lists | extras
     for function in (kernel._attend, kernel._merge):
-        mine = {name: kind for name, kind in (types | {"scale": "fp32"}).items() if name in function.arg_names}
+        plain = {"scale": "fp32", "token_stride": "i32", "head_stride": "i32"}
+        mine = {name: kind for name, kind in (types | plain).items() if name in function.arg_names}
         options = {"num_warps": how.num_warps, "num_stages": how.num_stages}
         result = compiled(function, mine, numbers, options, capability)
         assert result.asm["cubin"] and result.metadata.shared <= shared_kb << 10, (function, dtype, result.metadata)

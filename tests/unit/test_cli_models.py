@@ -16,7 +16,8 @@ from ets_engine import cli
 from ets_engine.catalog import KNOWN_MODELS
 from ets_engine.config import EngineConfig
 from ets_engine.models.presets import PRESETS
-from ets_engine.reference import policy_path
+from ets_engine.reference import policy_path, prm_path
+from ets_engine.remote import ServerDescription
 from ets_engine.types import EngineDescription, SearchResult
 
 PROBLEM = "Use 1, 3, 7 and 17 to make 22."
@@ -129,20 +130,36 @@ def test_paths_are_no_longer_than_the_context_of_their_model() -> None:
         pytest.param(["--model", "no/such"], 1, "no model at 'no/such'", id="model"),
         pytest.param(["--verifier", "no/such"], 1, "no model at 'no/such'", id="verifier"),
         pytest.param(["--verifier", policy_path()], 1, "cannot tell which PRM this is", id="policy as verifier"),
-        pytest.param(["--model", "openai:http://me:secret@h#m"], 2, "`ets solve` asks it", id="server"),
+        pytest.param(["--model", "openai:http://me:hunter2@h#m"], 2, "keep secrets out of addresses", id="password"),
+        pytest.param(
+            ["--model", "openai:http://h#m", "--preset", "chat"], 2, "--preset has no effect", id="its preset"
+        ),
+        pytest.param(
+            ["--model", "openai:http://h#m", "--verifier-format", "trl"], 2, "no PRM is loaded here", id="its format"
+        ),
+        pytest.param(["--model", "openai:http://127.0.0.1:9/v1#m"], 1, "start the server, or correct", id="nobody"),
+        pytest.param(
+            ["--model", f"{policy_path()}/config.json", "--verifier", "logprob"],
+            2,
+            f"config.json' is a file; give the folder that holds it, {policy_path()!r}",
+            id="file",
+        ),
+        pytest.param(
+            ["--verifier", f"{prm_path()}/model.safetensors"], 2, f"that holds it, {prm_path()!r}", id="file of a PRM"
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(options: list[str], code: int, said: str) -> None:
     done = ets("check", *options)
     assert_fails(done, code, said)
-    assert "secret" not in done.stderr
+    assert "hunter2" not in done.stderr
 
 
 # ---------------------------------------------------------------------- ets solve over a server
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Writes the same two lines for every prompt, and takes what vLLM takes."""
+    """Writes the same two lines for every prompt, takes what vLLM takes, and has figures of its cache."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -156,10 +173,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, {"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": 9 * count}})
 
     def do_GET(self) -> None:
-        self.reply(404, {})
+        if self.path == "/v1/models":
+            return self.reply(200, {"data": [{"id": "m", "max_model_len": 640}]})
+        if self.path == "/metrics":
+            return self.reply(200, "vllm:prefix_cache_queries_total 80\nvllm:prefix_cache_hits_total 60\n")
+        return self.reply(404, {})
 
-    def reply(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
+    def reply(self, status: int, body: dict[str, Any] | str) -> None:
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -198,6 +219,31 @@ def test_an_address_reaches_its_server(address: str, asked: list[tuple[Any, ...]
     result = SearchResult.model_validate_json(done.stdout)
     assert (result.text, result.num_errors) == ("7-3=4 left 1 4 17\nAnswer: 17+4+1\n", 0)
     assert 0 < result.score < 1, "the shipped PRM judged it"
+
+
+def test_check_says_what_is_known_of_a_server(address: str, asked: list[tuple[Any, ...]]) -> None:
+    done = ets("check", "--model", address, "--verifier", "reference", "--problem", PROBLEM)
+    assert (done.exit_code, done.stderr) == (0, "") and asked == [(address, "reference", EngineConfig())]
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    text = " ".join(done.stdout.split())
+    url = address.removeprefix("openai:").partition("#")[0]
+    for fact in (
+        f"policy: model m at {url} policy: context 640 tokens",
+        "policy: prompts the problem on a line of its own policy: steps end with '\\n\\n'",
+        "server: token ids as prompts: no, with choices: no server: n choices yes server: seed yes",
+        "server: metrics prefix-cache figures server: one call",
+        "verifier reference",
+        "Trial search: answer ",
+    ):
+        assert fact in text, fact
+    assert " for one token" in text
+
+
+def test_check_of_a_server_as_json_and_without_a_verifier(address: str, asked: list[tuple[Any, ...]]) -> None:
+    done = ets("check", "--model", address, "--json")
+    assert (done.exit_code, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    found = ServerDescription.model_validate_json(done.stdout)
+    assert (found.name, found.context_tokens, found.verifier_name, found.cuts) == ("m", 640, None, True)
 
 
 @pytest.mark.parametrize(

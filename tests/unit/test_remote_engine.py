@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -560,6 +561,65 @@ def test_a_name_says_what_decides_the_scores_of_a_prm_that_runs_here(made: MadeE
         "+verifier_load_options={'attention': {'a': 2, 'b': 1}, 'revision': 'x'}"
     )
     assert named(verifier_load_options={"token": KEY}) == named()
+
+
+@pytest.mark.parametrize(
+    ("verifier", "by"),
+    [
+        (None, "what each search brings"),
+        (judge, "an object of the caller's"),
+        ("judge:openai:http://c#j", "a chat model"),
+    ],
+    ids=["none", "function", "judge"],
+)
+@pytest.mark.parametrize("setting", [{"verifier_format": "trl"}, {"step_separator": "|"}], ids=["format", "separator"])
+def test_settings_of_a_prm_need_one(made: MadeEngine, verifier: Any, by: str, setting: dict[str, Any]) -> None:
+    [(name, value)] = setting.items()
+    with pytest.raises(ConfigError, match=f"^{name}='{re.escape(value)}': no PRM is loaded here .* by {by}"):
+        made(FakeServer("vllm"), verifier, config=EngineConfig(**setting))
+
+
+def test_settings_of_a_served_prm_are_in_the_name(made: MadeEngine) -> None:
+    config = EngineConfig(verifier_format="trl", step_separator="|")
+    engine = made(FakeServer("vllm"), "pooling:openai:http://c#prm", config=config, boundaries=["\n\n"])
+    pooling = "pooling:openai:http://c/v1#prm+verifier_format='trl'+step_separator='|'"
+    assert engine.name == f"openai:http://a/v1#m+{pooling}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        pytest.param(
+            "vllm",
+            {},
+            {"context_tokens": CONTEXT, "token_prompts": True, "token_ids": True, "choices": True, "stop": "told"}
+            | {"cuts": True, "prompts": "the chat template, by the server's tokenizer"},
+            id="vllm",
+        ),
+        pytest.param(
+            "sglang",
+            {"template": "Q: {problem}"},
+            {"stop": "told", "metrics": {"http://a/v1": True}, "token_ids": True}
+            | {"prompts": "the problem in 'Q: {problem}', by the server's tokenizer"},
+            id="sglang",
+        ),
+        pytest.param(
+            "transformers",
+            {"template": "plain"},
+            {"stop": "kept", "choices": False, "token_prompts": False, "cuts": False, "context_tokens": None}
+            | {"prompts": "the problem on a line of its own", "metrics": {"http://a/v1": False}},
+            id="transformers",
+        ),
+        pytest.param("openai", {"template": "plain"}, {"stop": "silent", "choices": True, "seed": True}, id="openai"),
+    ],
+)
+def test_what_is_known_of_a_server(made: MadeEngine, kind: str, options: Any, expected: dict[str, Any]) -> None:
+    server = FakeServer(kind)
+    found = made(server, "judge:openai:http://c#j", **options).describe()
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert (found.name, found.urls, found.boundaries) == ("m", ("http://a/v1",), ("\n",))
+    assert found.verifier_name == "judge:openai:http://c/v1#j" and found.call_s > 0
+    assert [body["max_tokens"] for body in server.asked[-5:]] == [1] * 5
 
 
 def find_again(*key: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from ets_engine.config import SearchConfig
+from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError
 from ets_engine.hosted import HostedEngine, ProposalRequest
 from ets_engine.remote import JudgeVerifier, PoolingVerifier, Replicas, Server
-from ets_engine.remote.verifier import PrmLayout, read_mark
+from ets_engine.remote.verifier import PrmLayout, find_layout, read_mark
 from ets_engine.scorers import BatchScorer
 from ets_engine.types import Step, StopReason
 
@@ -125,6 +126,67 @@ def test_many_paths_are_several_requests_and_one_that_fails_kills_its_own(reach:
     found = PoolingVerifier(replicas, "m", layout="lines").score_many("p", [[f"step {i}"] for i in range(70)])
     assert [len(body["input"]) for _, body in sorted(asked, key=lambda one: one[1]["input"])] == [32, 32, 6]
     assert [math.isnan(one) for one in found] == [32 <= place < 64 for place in range(70)]
+
+
+def test_a_path_that_is_too_long_fails_alone(reach: Reach, caplog: pytest.LogCaptureFixture) -> None:
+    """One such text makes vLLM refuse the whole request."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        if max(map(len, body["input"])) > 50:
+            return httpx.Response(400, json={"error": {"message": "maximum context length"}})
+        return rows(*[[1 - len(text) / 100, len(text) / 100] for text in body["input"]])(body)
+
+    replicas, asked = reach(answer)
+    paths = [["s" * place] if place != 5 else ["s" * 99] for place in range(1, 9)]
+    found = PoolingVerifier(replicas, "m", layout="lines").score_many("p", paths)
+    assert [math.isnan(one) for one in found] == [place == 5 for place in range(1, 9)]
+    assert found[0] == pytest.approx(0.04) and found[-1] == pytest.approx(0.11), "each at its place"
+    assert [len(body["input"]) for _, body in asked] == [8, 4, 4, 2, 1, 1, 2]
+    assert "maximum context length" in caplog.text
+
+
+def test_a_prm_that_is_down_is_not_asked_again_in_halves(reach: Reach) -> None:
+    replicas, asked = reach(lambda body: httpx.Response(404))
+    PoolingVerifier(replicas, "m", layout="lines").score_many("p", [["a"], ["b"]])
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        pytest.param({"verifier_format": "trl"}, "p\na\nb\n", id="TRL's"),
+        pytest.param({"verifier_format": "trl", "step_separator": "|"}, "p|a|b|", id="with another separator"),
+        pytest.param(
+            {"verifier_format": "qwen"}, "p<|im_end|>\n<|im_start|>assistant\na<extra_0>b<extra_0>", id="Qwen's"
+        ),
+    ],
+)
+def test_settings_name_the_layout_of_a_served_prm(settings: dict[str, Any], text: str) -> None:
+    layout = find_layout(EngineConfig(**settings))
+    assert layout is not None and layout.text("p", ["a ", "b\n"]).endswith(text)
+    assert find_layout(EngineConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"verifier_format": "skywork"}, "verifier_format='skywork': behind pooling:openai:... a PRM is of 'qwen' or"),
+        (
+            {"verifier_format": "qwen", "step_separator": "|"},
+            "step_separator='|': behind pooling:openai:... it goes with verifier_format='trl'",
+        ),
+        ({"step_separator": "|"}, "step_separator='|': behind pooling:openai:... it goes with verifier_format='trl'"),
+        (
+            {"verifier_load_options": {"token": "hunter2"}},
+            "verifier_load_options: the PRM behind pooling:openai:... was loaded by its server",
+        ),
+    ],
+    ids=["format", "Qwen's separator", "separator alone", "load options"],
+)
+def test_settings_that_no_served_prm_has_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        find_layout(EngineConfig(**settings))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_layouts_are_known_by_name_or_refused(reach: Reach) -> None:

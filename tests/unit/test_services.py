@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ets_engine.protocols import SearchService
 from ets_engine.registry import register_service, registered_service
 from ets_engine.remote import RemoteEngine
 from ets_engine.service import ETSEngine, _name
-from ets_engine.services import find_service
+from ets_engine.services import find_service, open_engine
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,29 @@ def test_a_name_that_nobody_registered_is_a_model() -> None:
         find_service("no-such/model")
     with pytest.raises(ConfigError, match="only knows the problems of model='reference'"):
         find_service("no-such/model", "reference")
+
+
+@pytest.mark.parametrize("find", [find_service, open_engine])
+def test_a_file_in_the_place_of_its_folder_is_refused(tmp_path: Path, find: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for names, role in (
+        ((str(tmp_path / "config.json"),), "model"),
+        (("m", str(tmp_path / "config.json")), "verifier"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{role}='.*config.json' is a file; give the folder that holds it, '"):
+            find(*names)
+    with pytest.raises(ModelLoadError):
+        find(str(tmp_path), "logprob")
+
+
+def test_an_engine_of_ones_own_is_nobody_elses() -> None:
+    first = open_engine("openai:http://127.0.0.1:9#m", "judge:openai:http://127.0.0.1:9#j")
+    second = open_engine("openai:http://127.0.0.1:9#m", "judge:openai:http://127.0.0.1:9#j")
+    assert isinstance(first, RemoteEngine) and first is not second and first.name == second.name
+    first.close()
+    second.close()
+    with open_engine("reference", None, EngineConfig(device="cpu")) as engine:
+        assert isinstance(engine, ETSEngine) and engine.name == "reference"
 
 
 def test_a_model_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:

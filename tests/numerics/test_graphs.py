@@ -1,0 +1,163 @@
+"""Decoding ahead of the host, and decode passes as CUDA graphs: nothing but time may change."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from ets_engine.config import EngineConfig
+from ets_engine.errors import ETSError, PoolExhaustedError
+from ets_engine.runtime import Branch, Runner, SamplingParams, StepDecoder, StopRules
+
+from .conftest import VOCABULARY, plain_logits, tiny_model
+from .test_decoding import PROMPT, Letters
+from .test_tree_logits import MAX_ERROR, grow_and_compare
+
+Found = list[tuple[tuple[int, ...], str, float]]
+
+
+def search_steps(decoder: StepDecoder, width: int = 12, rounds: int = 3) -> Found:
+    """What a small search finds: steps that end at a line end (id 10), at 9 tokens or at the limit."""
+    rules = StopRules(strings=("\n",), max_step_tokens=9)
+    tree = decoder.runner.tree
+    leaves, found = [decoder.start(PROMPT, "search")], []
+    for depth in range(rounds):
+        nodes = range(100 * depth + 1, 100 * depth + 1 + width)
+        sampling = SamplingParams(temperature=0.8)
+        decoder.submit([Branch(leaves[i % len(leaves)], node, 7, sampling, rules, 25) for i, node in enumerate(nodes)])
+        steps = decoder.run()
+        tree.check_integrity()
+        for step in steps:
+            assert tree.num_tokens(step.leaf.handle) == len(step.token_ids) - len(step.leaf.pending)
+            found.append((step.token_ids, step.stop.name, round(step.logprob, 2)))
+        for leaf in leaves:
+            decoder.release(leaf)
+        leaves = [step.leaf for step in steps[::3]]
+        for step in steps:
+            if step.leaf not in leaves:
+                decoder.release(step.leaf)
+    for leaf in leaves:
+        decoder.release(leaf)
+    assert tree.resident_tokens == 0
+    return found
+
+
+def test_decoding_ahead_finds_the_same_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(page_tokens=4, prefix_cache_tokens=0)
+    plain = search_steps(StepDecoder(Runner(tiny_model("llama"), config), Letters()))
+    monkeypatch.setattr(Runner, "runs_ahead", True)
+    runner = Runner(tiny_model("llama"), config)
+    assert search_steps(StepDecoder(runner, Letters())) == plain
+    assert len({len(ids) for ids, *_ in plain}) > 2
+
+
+def test_where_not_all_fit_only_those_that_go_on_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows, each about to need a page; one stops, and the pool has one."""
+    monkeypatch.setattr(Runner, "runs_ahead", True)
+    runner = Runner(tiny_model("llama"), EngineConfig(page_tokens=4, prefix_cache_tokens=0, kv_pool_tokens=20))
+    decoder = StepDecoder(runner, Letters())
+    prompt = decoder.start(PROMPT, "search")
+    rules = [StopRules(strings=(), max_step_tokens=count) for count in (5, 8)]
+    decoder.submit([Branch(prompt, 1 + i, 7, SamplingParams(), one, 9) for i, one in enumerate(rules)])
+    steps = decoder.run()
+    assert [len(step.token_ids) for step in steps] == [5, 8]
+    runner.tree.check_integrity()
+
+
+def test_logits_that_are_no_numbers_leave_the_branches_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "runs_ahead", True)
+    runner = Runner(tiny_model("llama"), EngineConfig(page_tokens=4, prefix_cache_tokens=0))
+    decoder = StepDecoder(runner, Letters())
+    prompt = decoder.start(PROMPT, "search")
+    rules = StopRules(strings=(), max_step_tokens=5)
+    decoder.submit([Branch(prompt, node, 7, SamplingParams(), rules, 9) for node in (1, 2)])
+    decoder.step()
+    before = runner.tree.resident_tokens
+    usual = runner.logits
+    monkeypatch.setattr(runner, "logits", lambda hidden: usual(hidden) * float("nan"))
+    with pytest.raises(ETSError, match="not numbers"):
+        decoder.step()
+    assert runner.tree.resident_tokens == before
+    monkeypatch.setattr(runner, "logits", usual)
+    assert [len(step.token_ids) for step in decoder.run()] == [5, 5]
+
+
+def test_rows_of_graphs_are_few_and_not_much_larger() -> None:
+    pytest.importorskip("triton")
+    from ets_engine.runtime.graphs import round_rows
+
+    sizes = {round_rows(rows) for rows in range(1, 513)}
+    assert len(sizes) <= 36
+    assert all(rows <= round_rows(rows) <= max(rows, 1.25 * rows) for rows in range(1, 513))
+
+
+def gpu_runner(name: str, **settings: object) -> Runner:
+    return Runner(tiny_model(name).to("cuda"), EngineConfig(page_tokens=4, prefix_cache_tokens=0, **settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt_oss", "gemma3"])
+def test_graphs_equal_plain_sequences(name: str, cuda: torch.device) -> None:
+    runner = gpu_runner(name, cuda_graphs=True)
+    model = tiny_model(name).to(cuda)
+    assert runner.uses_graphs
+    assert grow_and_compare(runner, model, seed=1) < 10 * MAX_ERROR
+    assert decode_and_compare(runner, model) < 10 * MAX_ERROR
+    captured = runner._graphs.captured
+    assert 0 < captured < 40
+    assert decode_and_compare(runner, model) < 10 * MAX_ERROR
+    assert runner._graphs.captured == captured, "the same search again needs no new graph"
+
+
+def decode_and_compare(runner: Runner, model: torch.nn.Module) -> float:
+    """A token a time for up to 20 branches, of which every fifth round some end and others fork."""
+    rng, tree = random.Random(3), runner.tree
+    root = tree.root()
+    paths = {root: [rng.randrange(3, VOCABULARY) for _ in range(70)]}
+    runner.extend([(root, paths[root])])
+    live = [tree.fork(root) for _ in range(9)]
+    paths |= {leaf: list(paths[root]) for leaf in live}
+    worst = 0.0
+    for step in range(25):
+        ids = [rng.randrange(3, VOCABULARY) for _ in live]
+        hidden = runner.extend_drawn(live, torch.tensor(ids, device=runner.device))
+        for leaf, token in zip(live, ids, strict=True):
+            paths[leaf].append(token)
+        logits = runner.logits(hidden)
+        if step % 4 == 3:
+            for row, leaf in enumerate(live):
+                worst = max(worst, float((logits[row] - plain_logits(model, paths[leaf])[-1]).abs().max()))
+        if step % 5 == 4:
+            for leaf in live[::3]:
+                tree.release(leaf)
+            kept = [leaf for i, leaf in enumerate(live) if i % 3]
+            live = [tree.fork(leaf) for leaf in kept for _ in range(2)]
+            paths |= {leaf: list(paths[kept[i // 2]]) for i, leaf in enumerate(live)}
+            for leaf in kept:
+                tree.release(leaf)
+        tree.check_integrity()
+    for leaf in (*live, root):
+        tree.release(leaf)
+    assert tree.resident_tokens == 0
+    return worst
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "launches"])
+def test_a_gpu_finds_what_a_cpu_finds(graphs: bool, cuda: torch.device) -> None:
+    """In fp32, at an unlikely worst with a draw in the last bits: then it is another, and this test says so."""
+    config = EngineConfig(page_tokens=4, prefix_cache_tokens=0)
+    plain = search_steps(StepDecoder(Runner(tiny_model("llama"), config), Letters()))
+    assert search_steps(StepDecoder(gpu_runner("llama", cuda_graphs=graphs), Letters())) == plain
+
+
+@pytest.mark.gpu
+def test_a_full_pool_on_a_gpu_is_an_error_that_changes_nothing(cuda: torch.device) -> None:
+    runner = gpu_runner("llama", kv_pool_tokens=16)
+    root = runner.tree.root()
+    runner.extend([(root, [3] * 15)])
+    with pytest.raises(PoolExhaustedError):
+        runner.extend_drawn([runner.tree.fork(root), runner.tree.fork(root)], torch.tensor([3, 4], device=cuda))
+    runner.tree.check_integrity()
