@@ -43,7 +43,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from ets_engine.config import EngineConfig
 from ets_engine.evaluation.machine import copy_gb_s, provenance
 from ets_engine.runtime import Runner, SamplingParams, uniforms
-from ets_engine.runtime.sampler import draw
 from ets_engine.runtime.transfer import Readback, upload
 
 RESULTS = Path(__file__).parent / "results" / "bench_search.jsonl"
@@ -218,10 +217,9 @@ def our_player(runner: Runner, seed: int = 0) -> Player:
     def sample(hidden: torch.Tensor, states: Sequence[int], nodes: Sequence[int], positions: Sequence[int]) -> None:
         """A token for each node from its row of the hidden states, as a search would."""
         nonlocal drawn
-        logits = runner.logits(hidden)
-        if list(states) != list(range(len(logits))):
-            logits = logits[upload(states, runner.device, torch.int64)]
-        drawn = draw(logits, [sampling] * len(nodes), uniforms([seed] * len(nodes), nodes, positions))[0]
+        if list(states) != list(range(len(hidden))):
+            hidden = hidden[upload(states, runner.device, torch.int64)]
+        drawn = runner.draw(hidden, [sampling] * len(nodes), uniforms([seed] * len(nodes), nodes, positions))[0]
         readback.mark()
 
     def read() -> None:

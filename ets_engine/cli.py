@@ -68,15 +68,9 @@ def _keep_native_chatter_off_stdout() -> None:
 
 def load_engine(model: str, verifier: str | None, config: EngineConfig) -> ETSEngine | RemoteEngine:
     """The engine that searches; this is where torch is imported."""
-    from ets_engine.services import REMOTE
+    from ets_engine.services import open_engine
 
-    if model.startswith(REMOTE):
-        from ets_engine.remote import connect
-
-        return connect(model, verifier, config)
-    from ets_engine.service import ETSEngine
-
-    return ETSEngine.from_pretrained(model, verifier, config)
+    return open_engine(model, verifier, config)
 
 
 def _print_version(wanted: bool) -> None:
@@ -245,7 +239,7 @@ def _check_models(text: str, model: str, verifier: str | None, engine: EngineCon
                 "--model openai:... needs something that scores its steps: pass --verifier, a PRM's name, "
                 "judge:openai:URL#model or pooling:openai:URL#model"
             )
-        if engine.verifier_format != "auto" and verifier.startswith(("judge:", "pooling:")):
+        if engine.verifier_format != "auto" and verifier.startswith("judge:"):
             raise ConfigError("--verifier-format has no effect on a server's model: leave it out")
     elif verifier is None:
         raise ConfigError(

@@ -155,6 +155,8 @@ class ETSEngine:
                 "logprob, or to search(..., verifier=) a JudgeVerifier or PoolingVerifier of ets_engine.remote"
             )
         intrinsic = None if verifier is None else find_intrinsic(verifier)
+        if verifier is None or intrinsic is not None:
+            config.refuse_prm_settings("what each search brings" if verifier is None else repr(verifier))
         embedder = None if config.embedder is None else SentenceEmbedder.from_pretrained(config.embedder, config)
         loaded, tokenizer = load_causal_lm(policy_path() if own else model, config)
         if isinstance(intrinsic, Probe):

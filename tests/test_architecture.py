@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "remote": BASE | {"messages", "protocols", "scorers", "search", "results", "models", "hosted"},
     "registry": BASE | {"protocols"},
     "services": BASE | {"protocols", "registry", "service", "remote"},
-    "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service"},
+    "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service", "services"},
     "terminal": BASE | {"protocols", "reference"},
     "commands": BASE | {"catalog", "reference", "models", "service", "services", "evaluation", "terminal"},
     "cli": BASE

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ets_engine.attention.work import WorkList, plan_work
+from ets_engine.attention.work import Pieces, WorkList, flatten, plan_pieces
 
 if TYPE_CHECKING:
     from ets_engine.attention.api import AttentionLayout
@@ -66,16 +66,17 @@ def tree_attention_triton(
     key = (id(layout), heads, cache.shape[2:], query.dtype)
     work = None if works is None else works.get(key)
     if work is None:
-        work = plan_pass(layout, cache, group=heads // cache.shape[2]).to(query.device)
+        work = plan_pass(flatten(layout), cache, group=heads // cache.shape[2]).to(query.device)
         if works is not None:
             works[key] = work
     return run_work(query, cache, work, scale=scale, softcap=softcap, sinks=sinks)
 
 
-def plan_pass(layout: AttentionLayout, cache: torch.Tensor, *, group: int) -> WorkList:
+def plan_pass(pieces: Pieces, cache: torch.Tensor, *, group: int, room: int = 0) -> WorkList:
     """The work list, on the CPU, of layers with such a cache ([S, 2, K, D]) and `group` query heads to a KV head."""
     tiles_wanted = -(-4 * _processors(cache.device) // cache.shape[2])
-    return plan_work(layout, group=group, tiles_wanted=tiles_wanted, heights=heights(cache.shape[3], cache.dtype))
+    tallest = heights(cache.shape[3], cache.dtype)
+    return plan_pieces(pieces, group=group, tiles_wanted=tiles_wanted, heights=tallest, room=room)
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from ets_engine.attention.api import AttentionLayout
+
+# Runs of slots, one after the other ([U]); how many queries see some of each run, >= 1 ([P]); and run after run those
+# queries, and the interval of the slots that each sees, not empty ([F] x 3).
+Pieces = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
 IntArray = NDArray[np.int32]
 
@@ -135,10 +139,34 @@ def plan_work(
         >>> work.entries[:4].tolist(), work.merges[:2].tolist()
         ([[0, 0, 4, 0], [1, 0, 4, 2], [0, 4, 5, 1], [1, 5, 6, 3]], [[0, 0, 2, 0], [1, 2, 4, 0]])
     """
+    return plan_pieces(flatten(layout), group=group, tiles_wanted=tiles_wanted, heights=heights, min_chunk=min_chunk)
+
+
+def plan_pieces(
+    pieces: Pieces,
+    *,
+    group: int,
+    tiles_wanted: int,
+    heights: Sequence[int] = (16, 64, 128),
+    min_chunk: int = 128,
+    room: int = 0,
+) -> WorkList:
+    """`plan_work` for who sees what as flat arrays.
+
+    Args:
+        pieces: Who sees what.
+        group: See `plan_work`, as the next three.
+        tiles_wanted: Of each height.
+        heights: Of tiles.
+        min_chunk: Of slots.
+        room: Queries that the counts of a small work list are rounded up for, so that all passes over about as many
+            queries launch alike.
+    """
     if group > heights[-1]:
         raise ValueError(f"{group} query heads for each KV head do not fit tiles of {heights[-1]} rows")
-    slots, pieces, seen = _pieces(layout)
-    rows = pieces.queries * group
+    slots, queries, *columns = (np.asarray(one, dtype=np.int32) for one in pieces)
+    seen, begin = _Seen(*columns), _starts(queries)
+    rows = queries * group
     lowest, tallest = (
         next((height for height in heights if height >= most), heights[-1]) for most in (group, rows.max())
     )
@@ -147,14 +175,14 @@ def plan_work(
     entries: list[IntArray] = []
     for height, chosen in ((tallest, ~narrow), (lowest, narrow)):
         if chosen.any():
-            some = _Pieces(pieces.begin[chosen], pieces.queries[chosen])
+            some = _Pieces(begin[chosen], queries[chosen])
             tiles, found = _cut(some, seen, height // group, tiles_wanted, max(min_chunk, 2 * height))
             tiles[:, 2] += sum(map(len, entries))
             tables.append((height, tiles))
             entries.append(found)
     listed = np.concatenate(entries)
     merges, partials = _give_targets(listed)
-    return _pack(slots, listed, merges, tables, partials, group)
+    return _pack(slots, listed, merges, tables, partials, group, room)
 
 
 def bucket(count: int) -> int:
@@ -177,8 +205,8 @@ class _Seen(NamedTuple):
     stop: IntArray
 
 
-def _pieces(layout: AttentionLayout) -> tuple[IntArray, _Pieces, _Seen]:
-    """The layout as flat slots [U], pieces and what their queries see."""
+def flatten(layout: AttentionLayout) -> Pieces:
+    """A layout as pieces: its segments, then its tails."""
     tail = _array(layout.tail_slots)  # [B, L]
     first, stop, owner = _seen_of_tails(layout, tail.shape[1])
     per_row = np.bincount(owner, minlength=len(tail)).astype(np.int32)  # queries of each row, packed in order
@@ -200,8 +228,8 @@ def _pieces(layout: AttentionLayout) -> tuple[IntArray, _Pieces, _Seen]:
     whole = np.repeat(slot_count[: len(shared)], query_count[: len(shared)])
     flat = np.concatenate([_flat(shared), tail[np.arange(tail.shape[1]) < lengths[:, None]]])
     query = np.concatenate([_flat(seers), np.arange(len(owner), dtype=np.int32)])
-    seen = _Seen(query, base + np.concatenate([_flat(hidden), first]), base + np.concatenate([whole, stop]))
-    return flat, _Pieces(_starts(query_count), query_count), seen
+    first, stop = np.concatenate([_flat(hidden), first]), np.concatenate([whole, stop])
+    return flat, query_count, query, base + first, base + stop
 
 
 def _seen_of_tails(layout: AttentionLayout, length: int) -> tuple[IntArray, IntArray, IntArray]:
@@ -283,13 +311,16 @@ def _pack(
     tables: list[tuple[int, IntArray]],
     partials: int,
     group: int,
+    room: int,
 ) -> WorkList:
-    slot_count, entry_count, merge_count = bucket(len(slots)), bucket(len(entries)), bucket(len(merges))
+    slot_count, entry_count = bucket(max(len(slots), 64 * room)), bucket(max(len(entries), 4 * room))
+    merge_count = bucket(max(len(merges), room))
     stop = slot_count + WIDTH * (entry_count + merge_count)
     parts: list[Tiles] = []
     for height, tiles in tables:
-        parts.append(Tiles(height, stop, stop + WIDTH * bucket(len(tiles))))
+        parts.append(Tiles(height, stop, stop + WIDTH * bucket(max(len(tiles), room))))
         stop = parts[-1].stop
+    count = bucket(max(partials, 4 * room))
     numbers = np.zeros(stop, dtype=np.int32)
     entry_start = slot_count
     merge_start = entry_start + WIDTH * entry_count
@@ -297,9 +328,7 @@ def _pack(
     placed += [(part.start, tiles) for part, (_, tiles) in zip(parts, tables, strict=True)]
     for start, array in placed:
         numbers[start : start + array.size] = array.ravel()
-    return WorkList(
-        torch.from_numpy(numbers), slot_count, entry_count, merge_count, tuple(parts), bucket(partials), group
-    )
+    return WorkList(torch.from_numpy(numbers), slot_count, entry_count, merge_count, tuple(parts), count, group)
 
 
 def _flat(tensors: list[torch.Tensor]) -> IntArray:

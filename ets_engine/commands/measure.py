@@ -19,7 +19,15 @@ def bench(
     ] = "countdown",
     limit: Annotated[int | None, option("COUNT", "Most problems.", default="200 of a family, all of a file")] = None,
     data_seed: Annotated[int, option("NUMBER", "Which fresh problems of a family.", default=2026)] = 2026,
-    model: Annotated[str, option("NAME", "Model that proposes steps.", default="the shipped one")] = "reference",
+    model: Annotated[
+        str,
+        option(
+            "NAME",
+            "Model that proposes steps: a folder, a hub name, or openai:http://host:8000/v1#name, whose KV is counted "
+            "from the tree and whose bandwidth is unknown.",
+            default="the shipped one",
+        ),
+    ] = "reference",
     verifier: Annotated[str | None, option("NAME", "Model that scores steps.", default="the shipped one")] = None,
     device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
     strategies: Annotated[

@@ -22,7 +22,7 @@ from ets_engine.evaluation.same_cost import same_cost_methods
 from ets_engine.evaluation.summary import summarise
 from ets_engine.evaluation.tree_page import write_trace
 from ets_engine.reference import REFERENCE, policy_path, prm_path
-from ets_engine.service import ETSEngine
+from ets_engine.services import open_engine
 from ets_engine.types import SearchResult
 
 RESULTS, SUMMARY, REPORT, TRACES = "results.jsonl", "summary.json", "report.html", "traces"
@@ -34,7 +34,8 @@ class Plan:
 
     Attributes:
         out: Folder of the results.
-        model, verifier: As in `ETSEngine.from_pretrained`.
+        model, verifier: As in `open_engine`. Of a model behind a server, KV is counted from the tree, latencies hold
+            whatever the server's own prefix cache saves, and bandwidth and FLOPs are unknown.
         engine: Where and how they run.
         data, limit, data_seed: As in `load_problems`.
         strategies, widths: As in `methods_of`.
@@ -68,12 +69,9 @@ class Plan:
         methods = methods_of(self.strategies, self.widths)
         for method in methods:
             method.check(self.base)
-        if self.model.startswith(REMOTE):  # the address is not repeated, it may hold a password
-            raise ConfigError(
-                "model='openai:...' is loaded on its server: a bench measures models that are loaded here, name one"
-            )
         if self.model != REFERENCE and self.verifier is None:
-            raise ConfigError(f"model={self.model!r} needs a model that scores its steps: name a verifier")
+            name = f"{REMOTE}..." if self.model.startswith(REMOTE) else self.model  # an address may hold a password
+            raise ConfigError(f"model={name!r} needs a model that scores its steps: name a verifier")
         widths = {method.width for method in methods if method.strategy == "best_of_n"}
         if self.same_cost and (len(widths) < 2 or "ets" not in self.strategies):
             raise ConfigError("same_cost needs the strategies ets and best_of_n, and at least two widths")
@@ -113,7 +111,7 @@ def compare(
     # every prompt is read anew: else whichever method came first would pay for all of them
     engine_config = EngineConfig(**{**plan.engine.model_dump(), "prefix_cache_tokens": 0})
     with (
-        ETSEngine.from_pretrained(plan.model, plan.verifier, engine_config) as engine,
+        open_engine(plan.model, plan.verifier, engine_config) as engine,
         closing(Results(plan.out / RESULTS, _settings(plan))) as results,
     ):
         bench = Bench(

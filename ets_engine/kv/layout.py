@@ -112,6 +112,23 @@ class TreeLayout:
         return self if window is None else self.windowed[window] or self
 
 
+class Plan(NamedTuple):
+    """Who reads what in a decode pass of B rows.
+
+    Attributes:
+        runs: Shared, with the rows that read each.
+        tail, tail_positions, tail_tokens: Slots of the rest of each row's path, their path positions (None without
+            windows), and how many there are. Shape [B, L], [B, L], [B].
+        positions: Path position of each row's new token. Shape [B].
+    """
+
+    runs: Sequence[Run]
+    tail: IntArray
+    tail_positions: IntArray | None
+    tail_tokens: IntArray
+    positions: IntArray
+
+
 class LayoutBuilder:
     """Builds layouts over one prefix tree; remembers the last batch so that decoding costs little per token.
 
@@ -171,6 +188,13 @@ class LayoutBuilder:
         return self._layout(rows, decoding)
 
     # ------------------------------------------------------------------ plan: who reads what, and how
+
+    def plan(self, handles: Sequence[int]) -> Plan:
+        """Who reads what when each of some leaves decodes its last token; the arrays are the caller's to change."""
+        self._next_rows = None
+        self._plan([Row(handle, self._tree.num_tokens(handle) - 1, 1) for handle in handles])
+        positions = self._tail_positions if self._windows else None
+        return Plan(self._runs, self._tail, positions, self._tail_lengths, self._starts)
 
     def _plan(self, rows: list[Row]) -> None:
         tree = self._tree

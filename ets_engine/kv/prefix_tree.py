@@ -114,7 +114,7 @@ class PrefixTree:
             grown = np.empty(max(stop, 2 * len(node.slots)), dtype=np.int64)
             grown[:start] = node.slots[:start]
             node.slots = grown
-        if count == 1:
+        if count == 1:  # in decoding, for every row of every pass
             node.slots[start] = node.pages[start // page_tokens] * page_tokens + start % page_tokens
         else:
             index = np.arange(start, stop)
@@ -245,6 +245,11 @@ class PrefixTree:
         """The node's own slots in token order, a view that the next `append` may outdate. Shape [num_tokens]."""
         node = self._node(handle)
         return node.slots[: node.num_tokens]
+
+    def last_slot(self, handle: int) -> int:
+        """Where the K/V of the node's last own token lies; it has one."""
+        node = self._node(handle)
+        return node.pages[-1] * self.pool.page_tokens + (node.num_tokens - 1) % self.pool.page_tokens
 
     def resident_tokens_of(self, owner: Hashable) -> int:
         """Tokens resident for one owner, its shared prefixes counted once."""

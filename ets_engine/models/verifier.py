@@ -216,6 +216,7 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
         raise
     shares = [sum(len(ids) for _, ids in plan.values()) for plan in plans]
     busy_s, moved_bytes = time.perf_counter() - began_s, stats.bytes_moved - moved_bytes
+    stats.busy_s += busy_s
     found: list[list[float]] = []
     first = 0
     for (verifier, nodes, *_), plan, share in zip(requests, plans, shares, strict=True):

@@ -291,17 +291,15 @@ class StepDecoder:
 
     def _reasons(self, tokens: Sequence[int]) -> list[StopReason | None]:
         """Why each live branch stops at the token just drawn, None = it goes on."""
-        return [
-            self._stops.reason(
-                one.branch.stops,
-                one.branch.parent.recent,
-                [*one.tokens, token],
-                self._tokens_left(one.branch),
-                one.branch.parent.num_written,
-                one.branch.parent.carry,
-            )
-            for one, token in zip(self._live, tokens, strict=True)
-        ]
+        reasons: list[StopReason | None] = []
+        for one, token in zip(self._live, tokens, strict=True):
+            rules, parent, left = one.branch.stops, one.branch.parent, self._tokens_left(one.branch)
+            reason = None
+            if self._stops.may_end(rules, parent.recent, one.tokens, token, left, parent.carry):
+                so_far = [*one.tokens, token]
+                reason = self._stops.reason(rules, parent.recent, so_far, left, parent.num_written, parent.carry)
+            reasons.append(reason)
+        return reasons
 
     def _means(self, rows: list[int]) -> NDArray[np.float32]:
         """Mean of the states that each of these live branches has read, or its only one. [F, hidden]."""
@@ -321,23 +319,27 @@ class StepDecoder:
 
         Shape [B] each, on the device, which may not have them yet. Repeating it gives the same tokens.
         """
-        live = self._live
-        logits = self.runner.logits(self._states)
-        rows = [one.state for one in live]
-        if rows != list(range(len(logits))):
-            logits = logits[upload(rows, self.runner.device, torch.int64)]
+        live, device = self._live, self.runner.device
+        params = [one.branch.sampling for one in live]
         draws = uniforms(
             [one.branch.seed for one in live],
             [one.branch.node for one in live],
             [one.branch.parent.path_tokens + len(one.tokens) for one in live],
         )
-        tokens, logprobs = draw(logits, [one.branch.sampling for one in live], draws)
+        rows = [one.state for one in live]
+        index = None if rows == list(range(len(self._states))) else upload(rows, device, torch.int64)
         asked = [row for row, one in enumerate(live) if one.branch.needs_certainty]
-        certainty = logprobs.new_zeros(len(live))
+        if self.runner.uses_graphs and not asked:
+            tokens, logprobs = self.runner.draw(self._states if index is None else self._states[index], params, draws)
+            return tokens, logprobs, torch.zeros_like(logprobs)
+        logits = self.runner.logits(self._states)  # children of one parent share a state
+        logits = logits if index is None else logits[index]
+        tokens, logprobs = draw(logits, params, draws)
+        certainty = torch.zeros_like(logprobs)
         if len(asked) == len(live):
             certainty = certainties(logits)
         elif asked:
-            index = upload(asked, self.runner.device, torch.int64)
+            index = upload(asked, device, torch.int64)
             certainty[index] = certainties(logits[index])
         return tokens, logprobs, certainty
 
@@ -420,6 +422,7 @@ class StepDecoder:
         self._usage.pop(search, None)
 
     def _charge(self, searches: Sequence[Hashable], seconds: float, moved_bytes: int) -> None:
+        self.runner.stats.busy_s += seconds
         for search, rows in Counter(searches).items():
             usage = self.usage(search)
             share = rows / len(searches)

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode passes, one new token per row: captured when first needed, replayed on new contents.
+"""CUDA graphs of decode steps, one new token per row: captured when first needed, replayed on new contents.
 
 A pass through a transformers model is over a thousand small launches, each of which costs the host about as long as
 its work takes the GPU. A graph launches them all at once. What a launch depends on is rounded up (rows here, the rest
@@ -7,18 +7,21 @@ in the work list), so that a few graphs serve whole searches; rows that are not 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ets_engine.attention.kernel import plan_pass, run_work, store
 from ets_engine.attention.work import WorkList
 from ets_engine.errors import UnsupportedModelError
-from ets_engine.kv import KVPool, TreeLayout
+from ets_engine.kv import DecodeLayout, KVPool
+from ets_engine.runtime.sampler import draw_uncut
 
-MAX_ROWS = 512  # of a graph; larger passes keep a GPU busy without one
+Logits = Callable[[torch.Tensor], torch.Tensor]  # [B, hidden] -> [B, V]
 
 
 @dataclass(slots=True)
@@ -45,12 +48,33 @@ class GraphForward:
         self.calls += 1
         cache = self.pool.layers[layer]
         store(cache, self.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        work = self.works[kind(self.windows[layer], cache)]
+        work = self.works[_kind(self.windows[layer], cache)]
         return run_work(query[0].transpose(0, 1), cache, work, scale=scale, softcap=softcap, sinks=sinks)[None]
 
 
-@dataclass(slots=True)
-class _Graph:
+@dataclass(slots=True, eq=False)
+class Graphs:
+    """Where the graphs of one model keep what they leave behind: no two of them run at once.
+
+    Attributes:
+        captured: Graphs captured so far (count).
+    """
+
+    captured: int = 0
+    _memory: Any = None
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """A graph of some work that has run before, and the tensor that it leaves its result in."""
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            result = work()
+        self.captured += 1
+        return graph, result
+
+
+class _Pass(NamedTuple):
     """One captured pass and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
@@ -60,104 +84,96 @@ class _Graph:
 
 
 @dataclass(slots=True, eq=False)
-class DecodeGraphs:
-    """The graphs of one model, and its only user of them.
+class PassGraphs:
+    """Decode passes through one model.
 
     Attributes:
+        graphs: Of the model.
         base: The model without its head, under tree attention.
-        pool: Its K/V; when it grows, all graphs are captured anew.
+        pool: Its K/V; when it grows, all passes are captured anew.
         windows: Of each layer (tokens), None = it sees whole paths.
         heads: Query heads (count).
-        captured: Graphs captured so far (count).
     """
 
+    graphs: Graphs
     base: Any
     pool: KVPool
     windows: Sequence[int | None]
     heads: int
-    captured: int = 0
-    _graphs: dict[Hashable, _Graph] = field(default_factory=dict)
+    _passes: dict[Hashable, _Pass] = field(default_factory=dict)
     _num_pages: int = 0
-    _memory: Any = None  # shared by all graphs: no two run at once, and what one leaves is copied out before the next
     _staged: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     _sent: torch.cuda.Event | None = None
 
-    def fits(self, layout: TreeLayout) -> bool:
-        """Whether a pass over one new token per row is small enough for a graph."""
-        return layout.num_rows <= MAX_ROWS
-
-    def run(self, ids: torch.Tensor, layout: TreeLayout) -> torch.Tensor:
-        """One pass; the layout lies on the CPU, the token ids ([B], int64) on the model's device. [B, hidden]."""
+    def run(self, ids: torch.Tensor, layout: DecodeLayout) -> torch.Tensor:
+        """One pass; its rows' token ids ([B], int64) lie on the model's device. [B, hidden]."""
         rows = len(ids)
         if self._num_pages != self.pool.num_pages:
-            self._graphs, self._num_pages = {}, self.pool.num_pages
-        works = self._plan(layout)
+            self._passes, self._num_pages = {}, self.pool.num_pages
         room = round_rows(rows)
-        key = (room, *((name, work.shape) for name, work in works.items()))
+        works = self._plan(layout, room)
         numbers = self._stage(room, layout, works)
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._fill(graph, ids, numbers)
-            graph.graph.replay()
-            return graph.hidden[:rows].clone()
-        static_ids = ids.new_zeros(room)
-        static_numbers = torch.empty(len(numbers), dtype=torch.int32, device=self.pool.device)
+        key = (room, *((name, work.shape) for name, work in works.items()))
+        known = self._passes.get(key)
+        if known is not None:
+            self._fill(known.ids, known.numbers, ids, numbers)
+            known.graph.replay()
+            return known.hidden[:rows].clone()
+        static_ids, static_numbers = ids.new_zeros(room), torch.empty_like(numbers, device=self.pool.device)
+        self._fill(static_ids, static_numbers, ids, numbers)
         forward = self._forward(room, static_numbers, works)
-        graph = _Graph(torch.cuda.CUDAGraph(), static_ids, static_numbers, static_ids)
-        self._fill(graph, ids, numbers)
-        hidden = self._pass(static_ids, static_numbers, forward)  # compiles what is not yet, and is this pass's result
+
+        def work() -> torch.Tensor:
+            positions = static_numbers[:room].long()
+            output = self.base(
+                input_ids=static_ids[None], position_ids=positions[None], use_cache=False, ets_tree=forward
+            )
+            return output.last_hidden_state[0]
+
+        hidden = work()  # compiles what is not yet, and is this pass's result
         if forward.calls != len(self.pool.shapes):
             raise UnsupportedModelError(
                 f"{forward.calls} of {len(self.pool.shapes)} layers used tree attention: the attention of "
                 f"{type(self.base).__name__} was changed after Runner took it, perhaps through a config object that "
                 "another model shares; give each model its own config"
             )
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph.graph, pool=self._memory, capture_error_mode="thread_local"):
-            graph.hidden = self._pass(static_ids, static_numbers, forward)
-        self._graphs[key] = graph
-        self.captured += 1
+        graph, result = self.graphs.capture(work)
+        self._passes[key] = _Pass(graph, static_ids, static_numbers, result)
         return hidden[:rows]
 
-    def _plan(self, layout: TreeLayout) -> dict[Hashable, WorkList]:
+    def _plan(self, layout: DecodeLayout, room: int) -> dict[Hashable, WorkList]:
         works: dict[Hashable, WorkList] = {}
-        same: dict[Hashable, WorkList] = {}  # of one layout: a window that hides nothing has that of no window
+        same: dict[Hashable, WorkList] = {}  # a window that hides nothing has the work list of no window
         for window, cache in zip(self.windows, self.pool.layers, strict=True):
-            name, seen = kind(window, cache), layout.within(window)
+            name, pieces = _kind(window, cache), layout.within(window)
             if name not in works:
-                shared = (id(seen), cache.shape[2:])
+                shared = id(pieces), cache.shape[2:]
                 if shared not in same:
-                    same[shared] = plan_pass(seen, cache, group=self.heads // cache.shape[2])
+                    same[shared] = plan_pass(pieces, cache, group=self.heads // cache.shape[2], room=room)
                 works[name] = same[shared]
         return works
 
-    def _stage(self, room: int, layout: TreeLayout, works: dict[Hashable, WorkList]) -> torch.Tensor:
+    def _stage(self, room: int, layout: DecodeLayout, works: dict[Hashable, WorkList]) -> torch.Tensor:
         """All that changes from pass to pass, in one pinned buffer that the last pass no longer reads."""
         total = 2 * room + sum(len(work.numbers) for work in works.values())
         if self._sent is not None:
             self._sent.synchronize()
         if len(self._staged) < total:
             self._staged = torch.empty(2 * total, dtype=torch.int32, pin_memory=True)
-        staged = self._staged[:total]
-        slots = layout.write_slots
-        if isinstance(slots, slice):
-            slots = torch.arange(slots.start, slots.stop)
-        staged[:room] = 0
-        staged[: layout.num_rows] = layout.position_ids
-        staged[room : 2 * room] = -1
-        staged[room : room + layout.num_rows] = (
-            torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
-        )
+        staged, rows = self._staged[:total].numpy(), len(layout.positions)
+        staged[:rows], staged[rows:room] = layout.positions, 0
+        staged[room : room + rows], staged[room + rows : 2 * room] = layout.write_slots, -1
         start = 2 * room
         for work in works.values():
-            staged[start : start + len(work.numbers)] = work.numbers
+            staged[start : start + len(work.numbers)] = work.numbers.numpy()
             start += len(work.numbers)
-        return staged
+        return self._staged[:total]
 
-    def _fill(self, graph: _Graph, ids: torch.Tensor, numbers: torch.Tensor) -> None:
-        graph.numbers.copy_(numbers, non_blocking=True)
-        graph.ids[: len(ids)] = ids
+    def _fill(
+        self, static_ids: torch.Tensor, static_numbers: torch.Tensor, ids: torch.Tensor, numbers: torch.Tensor
+    ) -> None:
+        static_numbers.copy_(numbers, non_blocking=True)
+        static_ids[: len(ids)] = ids
         self._sent = torch.cuda.Event()
         self._sent.record()
 
@@ -168,13 +184,71 @@ class DecodeGraphs:
             start += len(work.numbers)
         return GraphForward(self.pool, self.windows, numbers[room : 2 * room], moved)
 
-    def _pass(self, ids: torch.Tensor, numbers: torch.Tensor, forward: GraphForward) -> torch.Tensor:
-        positions = numbers[: len(ids)].long()
-        output = self.base(input_ids=ids[None], position_ids=positions[None], use_cache=False, ets_tree=forward)
-        return output.last_hidden_state[0]
+
+class _Draw(NamedTuple):
+    """One captured draw and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    states: torch.Tensor  # [R, hidden]
+    numbers: torch.Tensor  # [2, R], float64: draws, temperatures
+    result: torch.Tensor  # [2, R], float64: tokens, log-probabilities
 
 
-def kind(window: int | None, cache: torch.Tensor) -> Hashable:
+@dataclass(slots=True, eq=False)
+class DrawGraphs:
+    """A model's head and the draw of a token from it, without cuts.
+
+    Attributes:
+        graphs: Of the model.
+        logits: Its head.
+    """
+
+    graphs: Graphs
+    logits: Logits
+    _draws: dict[Hashable, _Draw] = field(default_factory=dict)
+    _staged: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    _sent: torch.cuda.Event | None = None
+
+    def run(
+        self, states: torch.Tensor, temperatures: Sequence[float], draws: NDArray[np.float64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sampler.draw` from hidden states [B, hidden]; token ids [B] and their log-probabilities [B]."""
+        rows = len(states)
+        room, plain = round_rows(rows), all(one == 1 for one in temperatures)
+        if self._sent is not None:
+            self._sent.synchronize()
+        if self._staged.numel() < 2 * room:
+            self._staged = torch.empty(4 * room, dtype=torch.float64, pin_memory=True)
+        staged = self._staged[: 2 * room].view(2, room)
+        staged.numpy()[:, :rows] = draws, temperatures
+        staged.numpy()[:, rows:] = 0.5
+        known = self._draws.get((room, plain))
+        if known is None:
+            known = self._capture(states, staged, room, plain)
+        known.numbers.copy_(staged, non_blocking=True)
+        self._sent = torch.cuda.Event()
+        self._sent.record()
+        known.states[:rows] = states
+        known.graph.replay()
+        tokens, logprobs = known.result[:, :rows].clone()
+        return tokens.long(), logprobs.float()
+
+    def _capture(self, states: torch.Tensor, staged: torch.Tensor, room: int, plain: bool) -> _Draw:
+        static = states.new_zeros((room, states.shape[1]))
+        numbers = staged.to(states.device)
+
+        def work() -> torch.Tensor:
+            draws, temperatures = numbers
+            found = draw_uncut(self.logits(static), None if plain else temperatures.float(), draws)
+            return torch.stack([one.double() for one in found])
+
+        work()
+        graph, result = self.graphs.capture(work)
+        self._draws[room, plain] = _Draw(graph, static, numbers, result)
+        return self._draws[room, plain]
+
+
+def _kind(window: int | None, cache: torch.Tensor) -> Hashable:
     """Layers of one kind attend by the same work list."""
     return window, cache.shape[2:]
 

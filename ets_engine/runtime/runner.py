@@ -12,17 +12,29 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ets_engine.attention.api import choose_implementation
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ContextLengthError, PoolExhaustedError, UnsupportedModelError
-from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixCache, PrefixTree, Row, TreeLayout
+from ets_engine.kv import (
+    DecodeLayoutBuilder,
+    KVPool,
+    LayerShape,
+    LayoutBuilder,
+    PrefixCache,
+    PrefixTree,
+    Row,
+    TreeLayout,
+)
 from ets_engine.runtime.batching import Chunk, plan_forwards
 from ets_engine.runtime.compile import compile_layers
 from ets_engine.runtime.hook import TreeForward
 from ets_engine.runtime.linear import speed_up_linears
+from ets_engine.runtime.sampler import SamplingParams, draw, is_cut
 from ets_engine.runtime.support import (
     check_config,
     check_outputs,
@@ -34,12 +46,13 @@ from ets_engine.runtime.support import (
 from ets_engine.runtime.transfer import upload
 
 if TYPE_CHECKING:
-    from ets_engine.runtime.graphs import DecodeGraphs
+    from ets_engine.runtime.graphs import DrawGraphs, PassGraphs
 
 _MEMORY = Path("/proc/meminfo")  # of Linux; files that the system can drop count as free there
 # A segment costs the kernel a partial result per query, written and read: of 32 bits, about four tokens for each query
 # head of a KV head. That many tokens saved pay for it.
 KERNEL_MIN_SAVED_TOKENS = 64
+MAX_GRAPH_ROWS = 512  # larger passes keep a GPU busy without a graph
 
 Rows = Sequence[tuple[int, Sequence[int]]]
 
@@ -51,12 +64,14 @@ class RunnerStats:
     Attributes:
         forwards: Forward passes (count).
         tokens: Tokens fed (count).
+        busy_s: Seconds in forward passes, heads and sampling, added by those who wait for their results.
         bytes_moved: Weights plus distinct KV read, summed over forward passes (bytes); KV outside the window of a layer
             is not read.
     """
 
     forwards: int = 0
     tokens: int = 0
+    busy_s: float = 0.0
     bytes_moved: int = 0
 
 
@@ -153,7 +168,7 @@ class Runner:
     @property
     def uses_graphs(self) -> bool:
         """Whether decode passes are CUDA graphs."""
-        return self._graphs is not None
+        return self._passes is not None
 
     def _can_use_graphs(self) -> bool:
         """Whether a decode pass of this model can be captured: not if it waits for the GPU on its way.
@@ -188,12 +203,15 @@ class Runner:
     def _use_windows(self, windows: Sequence[int | None], min_saved_tokens: int | None = None) -> None:
         """Take the sliding window of each layer (tokens, None = it sees whole paths), and make layouts for them."""
         self._windows = windows
-        self._graphs: DecodeGraphs | None = None
+        self._passes: PassGraphs | None = None
+        self._draws: DrawGraphs | None = None
         if self._use_graphs:
-            from ets_engine.runtime.graphs import DecodeGraphs
+            from ets_engine.runtime.graphs import DrawGraphs, Graphs, PassGraphs
 
             heads = text_config(self.model).num_attention_heads
-            self._graphs = DecodeGraphs(self._base, self.tree.pool, windows, heads)
+            graphs = Graphs()
+            self._passes = PassGraphs(graphs, self._base, self.tree.pool, windows, heads)
+            self._draws = DrawGraphs(graphs, self._logits)
         uses_kernel = self._implementation == "triton"
         if uses_kernel and min_saved_tokens is None:
             min_saved_tokens = KERNEL_MIN_SAVED_TOKENS
@@ -204,6 +222,8 @@ class Runner:
             min_saved_tokens=min_saved_tokens,
             windows=[window for window in windows if window is not None],
         )
+        sliding = sorted({window for window in windows if window is not None})
+        self._decodes = DecodeLayoutBuilder(self.tree, self._layouts, sliding)
         self._window_bytes: dict[int | None, int] = {}  # KV of one token over the layers with that window
         for shape, window in zip(self.tree.pool.shapes, windows, strict=True):
             token_bytes = 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
@@ -249,14 +269,14 @@ class Runner:
             for chunks in forwards:
                 states, last_index = self._forward(rows, stored, chunks, drawn)
                 if len(forwards) == 1:
-                    hidden = states[last_index] if last_only and len(states) > len(rows) else states
+                    hidden = states[last_index] if last_only and last_index is not None else states
                     continue
                 if hidden is None:
                     hidden = states.new_empty((ends[-1], states.shape[1]))
                 if last_only:
                     done = [i for i, chunk in enumerate(chunks) if chunk.stop == lengths[chunk.row]]
                     if done:
-                        hidden[[chunks[i].row for i in done]] = states[last_index[done]]
+                        hidden[[chunks[i].row for i in done]] = states[done if last_index is None else last_index[done]]
                 else:
                     first = 0
                     for row, start, stop in chunks:
@@ -312,9 +332,8 @@ class Runner:
 
     def _forward(
         self, rows: Rows, stored: Sequence[int], chunks: list[Chunk], drawn: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass: hidden states of all its tokens, and where the last one of each chunk is among them."""
-        layout = self._layouts.build([Row(rows[c.row][0], stored[c.row] + c.start, c.stop - c.start) for c in chunks])
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One pass: hidden states of all its tokens, and where each chunk's last is among them, None = all are such."""
         if drawn is None:
             tokens = [token for c in chunks for token in rows[c.row][1][c.start : c.stop]]
             ids = upload(tokens, self.device, torch.int64)
@@ -325,10 +344,14 @@ class Runner:
         self.stats.forwards += 1
         self.stats.tokens += len(ids)
         self.stats.bytes_moved += self.weight_bytes
+        if self._passes is not None and len(ids) == len(rows) <= MAX_GRAPH_ROWS:
+            decode = self._decodes.build([handle for handle, _ in rows])
+            for window, token_bytes in self._window_bytes.items():
+                self.stats.bytes_moved += decode.distinct_tokens[window] * token_bytes
+            return self._passes.run(ids, decode), None
+        layout = self._layouts.build([Row(rows[c.row][0], stored[c.row] + c.start, c.stop - c.start) for c in chunks])
         for window, token_bytes in self._window_bytes.items():
             self.stats.bytes_moved += layout.within(window).distinct_tokens * token_bytes
-        if self._graphs is not None and len(ids) == layout.num_rows and self._graphs.fits(layout):
-            return self._graphs.run(ids, layout), layout.last_index
         layout = self._move(layout)
         forward = TreeForward(self.tree.pool, layout, self._windows, self._implementation)
         output = self._base(
@@ -340,7 +363,7 @@ class Runner:
                 f"{type(self.model).__name__} was changed after Runner took it, perhaps through a config object that "
                 "another model shares; give each model its own config"
             )
-        return output.last_hidden_state[0], layout.last_index
+        return output.last_hidden_state[0], layout.last_index if len(ids) > layout.num_rows else None
 
     def _move(self, layout: TreeLayout) -> TreeLayout:
         """What the model and the pool index with, on their device; the rest stays where it was made."""
@@ -359,13 +382,25 @@ class Runner:
         Raises:
             UnsupportedModelError: the model was loaded without a head.
         """
+        self.stats.bytes_moved += self.head_bytes
+        return self._logits(hidden)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._head is None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no output head; load it as a causal LM or a token classifier"
             )
-        logits = _scale_logits(self._head(hidden), text_config(self.model))
-        self.stats.bytes_moved += self.head_bytes
-        return logits
+        return _scale_logits(self._head(hidden), text_config(self.model))
+
+    @torch.inference_mode()
+    def draw(
+        self, states: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token for each hidden state, as `sampler.draw` from its logits. [B, hidden] -> [B], [B]."""
+        if self._draws is not None and len(states) <= MAX_GRAPH_ROWS and not any(map(is_cut, params)):
+            self.stats.bytes_moved += self.head_bytes
+            return self._draws.run(states, [one.temperature for one in params], draws)
+        return draw(self.logits(states), params, draws)
 
     def _probe(self, prompt: list[int], branches: list[list[int]], windows: Sequence[int | None]) -> list[torch.Tensor]:
         """Outputs of whole sequences, prompt shared, branches token by token: every path through the code."""

@@ -119,18 +119,47 @@ def draw(
     logits: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sample` that a GPU has not done yet when it returns, top-p apart; the log-probability of a bad row is NaN."""
-    logits = logits.float()
-    device = logits.device
-    logprobs = logits.log_softmax(-1)  # one number that is none makes its whole row NaN
-    greedy = [row for row, one in enumerate(params) if one.temperature == 0]
-    if len(greedy) == len(params):
-        tokens = logits.argmax(-1)
-    else:
-        tokens = _invert(_weights(logprobs, params), upload(draws, device, torch.float64)[:, None])
-        if greedy:
-            rows = upload(greedy, device, torch.int64)
-            tokens[rows] = logits[rows].argmax(-1)
+    temperatures = upload([one.temperature for one in params], logits.device, torch.float32)
+    numbers = upload(draws, logits.device, torch.float64)
+    if not any(map(is_cut, params)):
+        return draw_uncut(logits, None if is_plain(params) else temperatures, numbers)
+    logprobs = logits.float().log_softmax(-1)
+    tokens = _invert(_weights(logprobs, params, temperatures), numbers[:, None])
+    tokens = torch.where(temperatures == 0, logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def draw_uncut(
+    logits: torch.Tensor, temperatures: torch.Tensor | None, draws: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw` without cuts, as tensor operations alone, so that it can be captured in a CUDA graph.
+
+    Args:
+        logits: Any float dtype. Shape [B, V].
+        temperatures: One per row, None = all are 1. Shape [B], float32.
+        draws: In (0, 1). Shape [B], float64.
+
+    Returns:
+        As `draw`.
+    """
+    logprobs = logits.float().log_softmax(-1)  # one number that is none makes its whole row NaN
+    if temperatures is None:
+        tokens = _invert(logprobs.exp(), draws[:, None])
+    else:
+        is_greedy = temperatures == 0
+        weights = (logprobs / temperatures.masked_fill(is_greedy, 1.0)[:, None]).softmax(-1)
+        tokens = torch.where(is_greedy, logits.argmax(-1), _invert(weights, draws[:, None]))
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def is_cut(params: SamplingParams) -> bool:
+    """Whether fewer tokens than all may be drawn."""
+    return bool(params.temperature and (params.top_k or params.top_p < 1 or params.min_p))
+
+
+def is_plain(params: Sequence[SamplingParams]) -> bool:
+    """Whether all draw from the model's own distribution, cuts apart."""
+    return all(one.temperature == 1 for one in params)
 
 
 def certainties(logits: torch.Tensor) -> torch.Tensor:
@@ -147,15 +176,13 @@ def certainties(logits: torch.Tensor) -> torch.Tensor:
     return (logits.logsumexp(-1) - logits.mean(-1)) / math.log(logits.shape[-1]) - 1.0
 
 
-def _weights(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _weights(logprobs: torch.Tensor, params: Sequence[SamplingParams], temperatures: torch.Tensor) -> torch.Tensor:
     """What each token weighs after temperature and cuts. [B, V] -> [B, V]."""
-    temperatures = [one.temperature or 1.0 for one in params]
-    if any(temperature != 1.0 for temperature in temperatures):
-        divisors = upload(temperatures, logprobs.device, torch.float32)
-        weights = (logprobs / divisors[:, None]).softmax(-1)
-    else:
+    if is_plain(params):
         weights = logprobs.exp()
-    cut = [row for row, one in enumerate(params) if one.temperature and (one.top_k or one.top_p < 1 or one.min_p)]
+    else:
+        weights = (logprobs / temperatures.masked_fill(temperatures == 0, 1.0)[:, None]).softmax(-1)
+    cut = [row for row, one in enumerate(params) if is_cut(one)]
     if cut:
         rows = upload(cut, weights.device, torch.int64)
         part = weights if len(cut) == len(params) else weights[rows]

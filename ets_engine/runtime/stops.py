@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from ets_engine.errors import ConfigError
@@ -55,15 +56,24 @@ class StopRules:
 
 
 class StopFinder:
-    """Applies `StopRules` to growing token lists, decoding only when the newest token could complete a stop string.
+    """Applies `StopRules` to growing token lists.
+
+    `reason` decodes and looks; it is exact and slow. `may_end` first asks what is known of the tokens alone, in a
+    microsecond, whether there can be anything to see. It relies on this: but for spaces, a text is the texts of its
+    tokens one after the other, where no token holds a part of a character.
 
     Args:
         tokenizer: Decodes.
+
+    Example:
+        if finder.may_end(rules, recent, tokens, token, tokens_left):
+            reason = finder.reason(rules, recent, [*tokens, token], tokens_left)
     """
 
     def __init__(self, tokenizer: Detokenizer) -> None:
         self._tokenizer = tokenizer
-        self._closing: dict[tuple[str, ...], dict[int, bool]] = {}  # by stop strings: what is known of each token
+        self._letters = _Letters(self._decode)
+        self._closing: dict[tuple[tuple[str, ...], ...], _Closing] = {}  # by stop strings
 
     def text(self, recent: Sequence[int], tokens: Sequence[int]) -> str:
         """Text that `tokens` add after the tokens `recent`, special tokens left out.
@@ -88,6 +98,68 @@ class StopFinder:
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def may_end(
+        self,
+        rules: StopRules,
+        recent: Sequence[int],
+        tokens: Sequence[int],
+        token: int,
+        tokens_left: int,
+        carry: str = "",
+    ) -> bool:
+        """Whether a step may end with its newest token; where False, `reason` is None.
+
+        Args:
+            rules: Of this branch.
+            recent: Last tokens before the step.
+            tokens: Tokens of the step before the newest; it goes on after each of them.
+            token: The newest.
+            tokens_left: As in `reason`.
+            carry: As in `reason`.
+        """
+        if rules.is_over or token in rules.eos_ids or len(tokens) + 1 >= min(tokens_left, rules.max_step_tokens):
+            return True
+        if carry and not tokens:
+            return True  # the carry itself may hold a stop string
+        closing = self._closing.get((rules.strings, rules.final_strings, rules.openers))
+        if closing is None:
+            closing = self._closing_of(rules)
+        if not closing.stops:
+            return False
+        before = tokens[-1] if tokens else recent[-1] if recent else token
+        if self._letters[before] is None and self._withholds(closing, recent, tokens):
+            return True
+        return closing[token] and self._closes(closing, recent, tokens, token, carry)
+
+    def _closing_of(self, rules: StopRules) -> _Closing:
+        """What is known of tokens under these rules; nothing yet."""
+        if len(self._closing) >= _KNOWN_RULES:
+            self._closing.clear()
+        new = _Closing(self._letters, rules.strings + rules.final_strings + rules.openers)
+        return self._closing.setdefault((rules.strings, rules.final_strings, rules.openers), new)
+
+    def _withholds(self, closing: _Closing, recent: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Whether the last tokens may hold the end of a stop string that is not seen until a character is complete."""
+        last = (*recent, *tokens[1 - _CHARACTER_TOKENS :])[1 - _CHARACTER_TOKENS :]
+        return any(self._letters[one] is None and closing[one] for one in last)
+
+    def _closes(self, closing: _Closing, recent: Sequence[int], tokens: Sequence[int], token: int, carry: str) -> bool:
+        """Whether a token that may end a stop string does so, going by the letters of the tokens before it."""
+        tail = self._letters[token]
+        if tail is None:
+            return True
+        enough = len(tail) + closing.longest
+        for one in reversed(tokens) if carry else chain(reversed(tokens), reversed(recent)):
+            if len(tail) >= enough:
+                break
+            above = self._letters[one]
+            if above is None:
+                return True
+            tail = above + tail
+        if carry and len(tail) < enough:
+            return True
+        return any(stop in tail for stop in closing.stops)
+
     def reason(
         self,
         rules: StopRules,
@@ -109,31 +181,18 @@ class StopFinder:
         """
         if tokens[-1] in rules.eos_ids:
             return StopReason.FINISHED
-        may_finish = rules.final_strings and self._may_close(rules.final_strings, tokens[-1])
-        if may_finish and self.cut(rules, recent, tokens, num_written, carry) is not None:
-            return StopReason.FINISHED
-        try:
-            if self._is_over(rules, recent, tokens, carry):
-                return StopReason.BOUNDARY
-        except Exception:  # whatever a function of the user's raises
-            return StopReason.ERROR
+        if rules.strings or rules.final_strings or rules.openers or rules.is_over:
+            text = self.text(recent, tokens)
+            if self._cut(rules, recent, text, num_written, carry) is not None:
+                return StopReason.FINISHED
+            try:
+                if _is_over(rules, carry + text):
+                    return StopReason.BOUNDARY
+            except Exception:  # whatever a function of the user's raises
+                return StopReason.ERROR
         if len(tokens) >= tokens_left:
             return StopReason.LENGTH
         return StopReason.BOUNDARY if len(tokens) >= rules.max_step_tokens else None
-
-    def _is_over(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], carry: str) -> bool:
-        """Whether the newest token completes a boundary; blank lines alone are no step."""
-        may_end = bool(rules.strings) and self._may_close(rules.strings, tokens[-1])
-        may_open = bool(rules.openers) and self._may_close(rules.openers, tokens[-1])
-        if not (may_end or may_open or rules.is_over):
-            return False
-        text = carry + self.text(recent, tokens)
-        written = text.lstrip()
-        return bool(
-            (may_end and any(stop in written for stop in rules.strings))
-            or (may_open and _opening(rules.openers, text) is not None)
-            or (rules.is_over and written and rules.is_over(text))
-        )
 
     def split(self, rules: StopRules, recent: Sequence[int], tokens: Sequence[int], carry: str = "") -> tuple[str, str]:
         """Text of a step that ends at a boundary, and the text that its tokens carry over to the next step.
@@ -154,9 +213,14 @@ class StopFinder:
         """Text of the step before the first final string, None when `tokens` complete none; as in `reason`."""
         if not rules.final_strings:
             return None
+        return self._cut(rules, recent, self.text(recent, tokens), num_written, carry)
+
+    def _cut(self, rules: StopRules, recent: Sequence[int], text: str, num_written: int, carry: str) -> str | None:
+        """`cut` where the text of the step's tokens is known."""
+        if not rules.final_strings:
+            return None
         prompt = max(0, len(recent) - num_written)
-        before, text = self.text(recent[:prompt], recent[prompt:]), self.text(recent, tokens)
-        before = max(before, carry, key=len)  # both end where the step's tokens begin
+        before = max(self.text(recent[:prompt], recent[prompt:]), carry, key=len)  # both end where the tokens begin
         ends: list[int] = []
         for stop in rules.final_strings:
             above = before[max(0, len(before) - len(stop) + 1) :]
@@ -165,20 +229,62 @@ class StopFinder:
                 ends.append(max(0, place - len(above) + len(carry)))
         return (carry + text)[: min(ends)] if ends else None
 
-    def _may_close(self, strings: tuple[str, ...], token: int) -> bool:
-        """Whether a token may hold the last character of a stop string, or complete one of several bytes."""
-        if len(self._closing) >= _KNOWN_RULES and strings not in self._closing:
-            self._closing.clear()
-        known = self._closing.setdefault(strings, {})
-        found = known.get(token)
-        if found is None:
-            piece = self._tokenizer.decode([token])
-            last = {stop[-1] for stop in strings}
-            # a token may have text, a space at its start or the end of a character that it does not show alone
-            found = not piece or " " in last or not last.isdisjoint(piece)
-            found = found or (_INCOMPLETE in piece and any(ord(character) > 127 for character in last))
-            known[token] = found
-        return found
+
+class _Letters(dict[int, str | None]):
+    """Text of each token without its spaces, which depend on its neighbours; None = other characters do so too."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        super().__init__()
+        self.decode = decode
+
+    def __missing__(self, token: int) -> str | None:
+        alone, twice = (_without_spaces(self.decode(tokens)) for tokens in ([token], [token, token]))
+        self[token] = None if _INCOMPLETE in alone or twice != alone + alone else alone
+        return self[token]
+
+
+class _Closing(dict[int, bool]):
+    """Whether a token may hold the last character of one of some stop strings; False is certain.
+
+    Attributes:
+        letters: Of the tokens.
+        stops: The strings without their spaces; "" for one of which nothing is known, as it may be anywhere.
+        longest: Of those (characters).
+    """
+
+    def __init__(self, letters: _Letters, stops: Sequence[str]) -> None:
+        super().__init__()
+        self.letters = letters
+        self.stops = tuple("" if _INCOMPLETE in stop else _without_spaces(stop) for stop in stops)
+        self.longest = max(map(len, self.stops), default=0)
+        self._any_token = "" in self.stops or any(stop.endswith(" ") for stop in stops)
+        self._tails = tuple({stop[start:] for stop in self.stops for start in range(1, len(stop))})
+        self._last = {stop[-1] for stop in stops}
+
+    def __missing__(self, token: int) -> bool:
+        self[token] = self._any_token or self._may_close(token)
+        return self[token]
+
+    def _may_close(self, token: int) -> bool:
+        text = self.letters[token]
+        if text is not None:  # of spaces alone, a tokenizer may make anything
+            return not text or text.startswith(self._tails) or any(stop in text for stop in self.stops)
+        alone = self.letters.decode([token])
+        return _INCOMPLETE not in alone or any(last in alone or ord(last) > 127 for last in self._last)
+
+
+def _without_spaces(text: str) -> str:
+    return text.replace(" ", "")
+
+
+def _is_over(rules: StopRules, text: str) -> bool:
+    """Whether a step of this text is over; blank lines alone are no step."""
+    written = text.lstrip()
+    return bool(
+        any(stop in written for stop in rules.strings)
+        or _opening(rules.openers, text) is not None
+        or (rules.is_over and written and rules.is_over(text))
+    )
 
 
 def _opening(openers: tuple[str, ...], text: str) -> int | None:

@@ -4,8 +4,9 @@
     vllm serve ets_engine/reference/prm --served-model-name refprm --dtype float32 --port 8802 --runner pooling
     export ETS_TEST_VLLM=openai:http://127.0.0.1:8801/v1#ref ETS_TEST_VLLM_PRM=openai:http://127.0.0.1:8802/v1#refprm
 
-vLLM's CPU build wants VLLM_CPU_KVCACHE_SPACE=1 as well, and --no-enable-chunked-prefill for its policy: it dies of a
-request with a seed whose prompt it reads in parts ("CPU Generator does not use offset").
+vLLM's CPU build (0.32) wants VLLM_CPU_KVCACHE_SPACE=1 as well, --enforce-eager, and for the policy
+--max-num-batched-tokens 65536: it dies of a request with a seed whose prompt it reads in parts ("CPU Generator does not
+use offset").
 """
 
 from __future__ import annotations
@@ -128,11 +129,8 @@ def test_vllm_is_known_for_what_it_can() -> None:
         assert isinstance(engine, RemoteEngine)
         found = engine.describe()
     assert found.token_prompts and found.token_ids and found.choices and found.seed and found.cuts
-    assert (found.stop, list(found.metrics.values()), found.prompts) == (
-        "told",
-        [True],
-        "the problem on a line of its own, by the server's tokenizer",
-    )
+    assert (found.stop, list(found.metrics.values())) == ("told", [True])
+    assert found.prompts.endswith("by the server's tokenizer")
     assert found.context_tokens == 768 and 0 < found.call_s < 60
 
 

@@ -112,10 +112,13 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> torch.nn.Module:
+def tiny_model(
+    name: str, dtype: torch.dtype = torch.float32, attention: str = "eager", **changes: int
+) -> torch.nn.Module:
     """The same random model each time; initialised wide enough that its logits differ from token to token."""
     torch.manual_seed(11)
     config = copy.deepcopy((CONFIGS | FAMILIES)[name])
+    config.update(changes)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():

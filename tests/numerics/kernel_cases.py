@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ets_engine.attention import tree_attention
-from ets_engine.attention.work import WorkList, plan_work
+from ets_engine.attention.work import WorkList, plan_pieces, plan_work
 from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree, Row, TreeLayout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -227,10 +227,10 @@ if INTERPRETED:
         def count_plans(*arguments: Any, **options: Any) -> WorkList:
             nonlocal planned
             planned += 1
-            return plan_work(*arguments, **options)
+            return plan_pieces(*arguments, **options)
 
         monkeypatch.setattr(runner, "choose_implementation", lambda *_, **__: "triton")
-        monkeypatch.setattr(kernel, "plan_work", count_plans)
+        monkeypatch.setattr(kernel, "plan_pieces", count_plans)
         ours = runner.Runner(LlamaForCausalLM(config))
         loading = planned
         prompt = ours.tree.root()

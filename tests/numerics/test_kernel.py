@@ -147,7 +147,7 @@ def test_a_captured_pass_is_replayed_on_the_next_token(cuda: torch.device) -> No
         works.append(work_of(rows))
     static, follower = next(pair for pair in pairwise(works) if pair[0].shape == pair[1].shape)
     query = torch.randn(len(leaves), 8, 64, dtype=torch.bfloat16, device=cuda)
-    cache = torch.randn(tree.pool.layers[0].shape, device=cuda).bfloat16()
+    cache = torch.randn((tree.pool.layers[0].shape[0], 2, 2, 64), device=cuda).bfloat16()
     expected = run_work(query, cache, follower, scale=0.1)
     run_work(query, cache, static, scale=0.1)  # compiles
     graph = torch.cuda.CUDAGraph()

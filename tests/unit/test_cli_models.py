@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import ets_engine.remote
 from ets_engine import cli
 from ets_engine.catalog import KNOWN_MODELS
 from ets_engine.config import EngineConfig
+from ets_engine.evaluation import read_summary
 from ets_engine.models.presets import PRESETS
 from ets_engine.reference import policy_path, prm_path
 from ets_engine.remote import ServerDescription
@@ -246,12 +248,32 @@ def test_check_of_a_server_as_json_and_without_a_verifier(address: str, asked: l
     assert (found.name, found.context_tokens, found.verifier_name, found.cuts) == ("m", 640, None, True)
 
 
+def test_a_bench_of_a_served_model_counts_kv_and_knows_no_bandwidth(
+    address: str, asked: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    options = ("--verifier", "reference", "--limit", "2", "--strategies", "best_of_n,ets", "--widths", "2")
+    options += ("--concurrency", "2")
+    done = ets("bench", "--out", str(tmp_path), "--model", address, *options, "--latency-problems", "1")
+    assert done.exit_code == 0, done.stderr
+    rows = read_summary(tmp_path / "summary.json").rows
+    assert {row.name for row in rows} >= {"ets@2", "best_of_n@2"} and not any(row.failed for row in rows)
+    for row in rows:
+        assert row.mean_kv_tokens and row.published_kv_tokens and row.sharing_ratio and row.p50_s and row.together_per_s
+        assert (row.gb_s, row.flops, row.mean_kv_mb, row.mean_prm_kv_tokens) == (None,) * 4
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         pytest.param(["--verifier", "logprob"], 2, "verifier='logprob' reads what the policy computes", id="logprob"),
         pytest.param(["--verifier", "openai:http://h#m"], 2, "say what it is, judge:openai", id="judge or PRM"),
         pytest.param([], 2, "pass --verifier", id="no verifier"),
+        pytest.param(
+            ["--verifier", "pooling:openai:http://h#m", "--verifier-format", "skywork"],
+            2,
+            "a PRM is of 'qwen' or 'trl'",
+            id="format of a served PRM",
+        ),
     ],
 )
 def test_what_cannot_judge_there_is_refused(
@@ -274,3 +296,12 @@ def test_a_server_that_is_not_there_is_one_line(asked: list[tuple[Any, ...]], mo
 def test_a_served_verifier_needs_a_served_policy() -> None:
     done = ets("solve", PROBLEM, "--verifier", "judge:openai:http://h#m")
     assert_fails(done, 2, "verifier='judge:openai:http://h#m' goes with a policy behind a server")
+
+
+def test_solve_refuses_a_file_and_settings_that_nothing_reads() -> None:
+    done = ets("solve", PROBLEM, "--model", f"{policy_path()}/config.json", "--verifier", "logprob")
+    assert_fails(done, 2, "config.json' is a file; give the folder that holds it")
+    done = ets("solve", PROBLEM, "--model", policy_path(), "--verifier", "logprob", "--verifier-format", "trl")
+    assert_fails(
+        done, 2, "verifier_format='trl': no PRM is loaded here that would read it, steps are scored by 'logprob'"
+    )

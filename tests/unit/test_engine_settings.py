@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from ets_engine.config import EngineConfig, SearchConfig
+from ets_engine.errors import ConfigError
+from ets_engine.reference import policy_path
+from ets_engine.service import ETSEngine
 
 OPTIONS: dict[str, Any] = {
     "revision": "main",
@@ -40,3 +45,19 @@ def test_what_was_changed_is_said_in_the_order_asked_for() -> None:
     unsorted = config.model_copy(update={"load_options": {"b": 1, "a": 2}})  # which validates nothing
     assert unsorted.changed(["load_options"]) == ["load_options={'a': 2, 'b': 1}"]
     assert EngineConfig().changed(["preset", "load_options"]) == []
+
+
+@pytest.mark.parametrize("verifier", [None, "logprob", "self_certainty"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"verifier_format": "trl"}, "verifier_format='trl': no PRM is loaded here"),
+        ({"step_separator": "|"}, r"step_separator='\|': no PRM is loaded here"),
+        ({"verifier_load_options": {"token": "hunter2"}}, "verifier_load_options: no PRM is loaded here"),
+    ],
+    ids=["format", "separator", "load options"],
+)
+def test_settings_of_a_prm_need_a_prm(verifier: str | None, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}") as caught:
+        ETSEngine.from_pretrained(policy_path(), verifier, EngineConfig(**settings))
+    assert "hunter2" not in str(caught.value)

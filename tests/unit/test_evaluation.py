@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
 from ets_engine.evaluation import (
     EvalProblem,
@@ -27,13 +28,17 @@ from ets_engine.evaluation import (
     read_summary,
     summarise,
 )
-from ets_engine.evaluation.bench import RANK
+from ets_engine.evaluation.bench import RANK, Bench
 from ets_engine.evaluation.columns import blocks, comparison_lines
 from ets_engine.evaluation.gold import check_gold
+from ets_engine.evaluation.methods import Method
 from ets_engine.evaluation.same_cost import same_cost_methods, samples_for
 from ets_engine.evaluation.statistics import bootstrap, rank_correlation
 from ets_engine.evaluation.table import summary_view
-from ets_engine.types import Candidate
+from ets_engine.hosted import HostedEngine, ProposalRequest
+from ets_engine.results import counted_kv
+from ets_engine.search import SearchTree
+from ets_engine.types import Candidate, KVStats, Step, StopReason
 
 SETTINGS = Settings(
     model="m",
@@ -365,6 +370,29 @@ def test_kv_of_policy_and_verifier_is_told_apart() -> None:
     assert (row.published_kv_tokens, row.mb_per_call) == (70.0, 2.0)
     (bare,) = summarise([record("p1", "ets@4", mean_kv_tokens=10.0, kv_token_bytes=1000)]).rows
     assert (bare.mean_kv_mb, bare.mean_prm_kv_mb, bare.peak_policy_kv_mb) == (0.01, None, None)
+
+
+def test_of_a_policy_that_runs_elsewhere_kv_is_counted_and_bandwidth_unknown(tmp_path: Path) -> None:
+    def propose(request: ProposalRequest) -> list[Step]:
+        return [Step("It is 2.", 5, StopReason.FINISHED) for _ in request.partials]
+
+    class Counting(HostedEngine):
+        def count_kv(self, tree: SearchTree) -> KVStats:
+            return counted_kv(tree)
+
+    seen: list[Record] = []
+    results = Results(tmp_path / "results.jsonl", SETTINGS)
+    with Counting(propose, lambda problem, steps: 1.0, name="served") as engine:
+        asked = [EvalProblem(id="0", problem="What is 1+1?", answer="2")]
+        bench = Bench(engine, asked, results, SearchConfig(), on_result=lambda result, record: seen.append(record))
+        bench.run([Method("best_of_n", 2)])
+    results.close()
+    [found] = seen
+    assert (found.error, found.any_right) == ("", True)
+    assert found.peak_kv_tokens and found.sharing_ratio and found.wall_s > 0
+    assert (found.kv_token_bytes, found.flops, found.model_s, found.bytes_moved) == (None, None, 0.0, 0)
+    row = summarise(results.lines).rows[0]
+    assert row.mean_kv_tokens and (row.gb_s, row.mean_kv_mb, row.flops) == (None, None, None)
 
 
 def test_the_largest_peak_is_of_every_search_that_was_measured() -> None:

@@ -579,11 +579,23 @@ def test_settings_of_a_prm_need_one(made: MadeEngine, verifier: Any, by: str, se
         made(FakeServer("vllm"), verifier, config=EngineConfig(**setting))
 
 
-def test_settings_of_a_served_prm_are_in_the_name(made: MadeEngine) -> None:
+def test_settings_of_a_served_prm_say_what_it_reads_and_are_in_the_name(made: MadeEngine) -> None:
+    read: list[str] = []
+
+    def pool(request: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        if request.url.path != "/pooling":
+            return None
+        read.extend(body["input"])
+        return httpx.Response(200, json={"data": [{"data": [0.25, 0.75]} for _ in body["input"]]})
+
+    server = FakeServer("vllm")
+    server.fault = pool
     config = EngineConfig(verifier_format="trl", step_separator="|")
-    engine = made(FakeServer("vllm"), "pooling:openai:http://c#prm", config=config, boundaries=["\n\n"])
-    pooling = "pooling:openai:http://c/v1#prm+verifier_format='trl'+step_separator='|'"
-    assert engine.name == f"openai:http://a/v1#m+{pooling}"
+    engine = made(server, "pooling:openai:http://c#prm", config=config)
+    assert engine.name.endswith("+pooling:openai:http://c/v1#prm+verifier_format='trl'+step_separator='|'")
+    result = engine.search(PROBLEM, small())
+    assert (result.score, result.num_errors) == (0.75, 0)
+    assert {text.rpartition("line")[0] for text in read if text.count("|") == 2} == {f"{PROBLEM}|"}
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,9 @@ def test_solve_says_what_is_no_use(options: list[str], said: str) -> None:
     assert said in done.stderr and "logprob" not in done.stderr and "secret" not in done.stderr
 
 
-def test_a_bench_is_of_models_that_are_loaded_here(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^model='openai:...' is loaded on its server"):
-        Plan(out=tmp_path, model=ADDRESS, verifier=f"judge:{ADDRESS}")
-    done = CliRunner().invoke(cli.app, ["bench", "--out", str(tmp_path / "out"), "--model", ADDRESS])
-    assert done.exit_code == 2 and "is loaded on its server" in done.stderr and not (tmp_path / "out").exists()
+def test_a_bench_of_a_served_model_needs_a_verifier(tmp_path: Path) -> None:
+    address = ADDRESS.replace("//", "//me:hunter2@")
+    with pytest.raises(ConfigError, match=r"^model='openai:...' needs a model that scores its steps"):
+        Plan(out=tmp_path, model=address)
+    done = CliRunner().invoke(cli.app, ["bench", "--out", str(tmp_path / "out"), "--model", address])
+    assert done.exit_code == 2 and "hunter2" not in done.stderr and not (tmp_path / "out").exists()

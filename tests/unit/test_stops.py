@@ -191,9 +191,9 @@ def test_an_empty_final_text_is_refused() -> None:
 def test_what_is_known_of_tokens_does_not_grow_with_every_callers_texts() -> None:
     finder = StopFinder(Words())
     for number in range(1000):
-        finder.reason(finals(f"{number}x"), [], [0, 4], 100)
+        finder.may_end(finals(f"{number}x"), [], [0], 4, 100)
     assert len(finder._closing) <= 64
-    assert finder.reason(finals("x"), [], [0, 4], 100) is StopReason.FINISHED
+    assert finder.may_end(finals("x"), [], [0], 4, 100) and not finder.may_end(finals("x"), [], [0], 0, 100)
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
@@ -279,20 +279,70 @@ def test_a_function_that_raises_fails_its_step_alone() -> None:
     assert finder.reason(StopRules(), [], [0], 100) is None
 
 
-def test_text_is_decoded_only_where_the_newest_token_may_end_a_step() -> None:
+# ---------------------------------------------------------------------- the quick look that goes before the slow one
+
+
+@pytest.mark.parametrize(
+    ("rules", "tokens", "expected"),
+    [
+        (StopRules(), [4], False),
+        (StopRules(), [2], False),  # "\n" ends nothing alone
+        (StopRules(), [0, 2], False),
+        (StopRules(), [2, 2], True),
+        (StopRules(), [0, 5], True),
+        (StopRules(), [2, 0], False),  # not the newest token
+        (StopRules((), openers=("Step one",)), [0], False),
+        (StopRules((), openers=("Step one",)), [4, 0, 1], True),
+        (StopRules((), openers=("Step one",)), [0, 4, 1], False),
+        (finals("one\nS"), [1, 2, 0], True),
+        (finals("xS"), [2, 0], False),
+        (finals(".\n", "pone"), [0, 1], True),  # which spaces are shown depends on the tokenizer
+        (StopRules(("x ",)), [4, 1], True),
+        (StopRules(("x ",)), [1, 2], False),
+        (StopRules(eos_ids=frozenset([4])), [4], True),
+        (StopRules(max_step_tokens=3), [4, 4], False),
+        (StopRules(max_step_tokens=3), [4, 4, 4], True),
+        (StopRules(), [4] * 9, True),  # of the trajectory's
+        (StopRules((), is_over=bool), [4], True),
+        (StopRules(()), [5], False),
+    ],
+)
+def test_what_the_quick_look_sees(rules: StopRules, tokens: list[int], expected: bool) -> None:
+    assert StopFinder(Words()).may_end(rules, [4], tokens[:-1], tokens[-1], 9) == expected
+
+
+def test_the_quick_look_goes_back_to_what_was_carried_over() -> None:
+    finder, rules = StopFinder(Words()), StopRules(("xStep",), openers=("x",), max_step_tokens=9)
+    assert finder.may_end(rules, [4], [], 4, 100, "x"), "of the carry, nothing is known yet"
+    assert finder.may_end(rules, [4], [1], 0, 100, "x one")
+    assert not finder.may_end(rules, [4], [1], 2, 100, "x one")
+    assert not finder.may_end(rules, [4], [1, 1], 0, 100, "x one one")
+
+
+def test_a_stop_string_before_an_incomplete_character_is_seen_when_that_is_complete() -> None:
+    tokenizer = byte_level()
+    finder, rules = StopFinder(tokenizer), StopRules(("a ",), max_step_tokens=100)
+    tokens = tokenizer.encode("ba \u4e2d")
+    assert len(tokens) == 5, "the space and the first byte are one token"
+    looks = [finder.may_end(rules, [], tokens[:count], tokens[count], 100) for count in range(5)]
+    assert looks[-1] and finder.reason(rules, [], tokens, 100) is StopReason.BOUNDARY
+    assert finder.reason(rules, [], tokens[:-1], 100) is None
+
+
+def test_the_quick_look_decodes_each_token_once() -> None:
     class Counting(Words):
         decoded = 0
 
         def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-            self.decoded += len(token_ids) > 1
+            self.decoded += 1
             return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     tokenizer = Counting()
     finder, rules = StopFinder(tokenizer), StopRules(("\n\n",), max_step_tokens=100, openers=("nStep one",))
-    for count in range(1, 50):
-        finder.reason(rules, [4, 4], [4] * count, 100)
-    assert tokenizer.decoded == 0
-    assert finder.reason(rules, [4, 4], [3, 0, 1], 100) is StopReason.BOUNDARY and tokenizer.decoded > 0
+    for other in (rules, finals("Step\n"), rules):
+        for count in range(50):
+            finder.may_end(other, [4, 4], [count % 3] * count, count % 3, 100)
+    assert tokenizer.decoded <= 2 * len(Words.pieces)
 
 
 def long_lines(text: str) -> bool:
