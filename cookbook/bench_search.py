@@ -30,7 +30,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -458,8 +458,8 @@ def check_leaks(runner: Runner, play: Player, work: Sequence[tuple[Replay, Ids]]
     return row
 
 
-def load_replays(options: argparse.Namespace, shape: Shape) -> list[Replay]:
-    """Recorded trees, evenly picked to `--limit`, or grown ones."""
+def load_replays(options: argparse.Namespace, shape: Shape) -> list[tuple[Replay, list[str]]]:
+    """Recorded trees, evenly picked to `--limit`, or grown ones, and the sides that play each."""
     recorded: list[Replay] = []
     for path, read in ((options.trace, read_traces), (options.trees, read_trees)):
         if path is not None:
@@ -467,7 +467,13 @@ def load_replays(options: argparse.Namespace, shape: Shape) -> list[Replay]:
             recorded += found[:: -(-len(found) // options.limit)]
     widths = options.widths or shape.widths
     grown = [grow(strategy, width, shape.work, options.seed) for width in widths for strategy in STRATEGIES]
-    return [replay.cut(options.rounds) for replay in recorded or grown]
+    replays = [replay.cut(options.rounds) for replay in recorded or grown]
+    if options.peer_rounds is None:
+        return [(replay, options.sides) for replay in replays]
+    first = [
+        replace(replay.cut(options.peer_rounds), name=f"{replay.name}/{options.peer_rounds}") for replay in replays
+    ]
+    return [(replay, ["ours"]) for replay in replays] + [(replay, options.sides) for replay in first]
 
 
 def compare_strategies(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -516,20 +522,20 @@ def attempt(name: str, work: Callable[[], T]) -> T | None:
 def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     """Every side on every tree, interleaved, then the leak check."""
     speed = Speed(1e9 * copy_gb_s(options.device), matmul_flops_per_s(dtype, options.device))
-    replays = load_replays(options, shape)
+    asked = load_replays(options, shape)
     model, plain = build_models(shape, dtype, options.device, options.seed)
     runner = Runner(model, EngineConfig(compile_layers=options.compile))
-    work = [(replay, token_ids(replay, shape.vocabulary, options.seed)) for replay in replays]
-    context_tokens = max(replay.longest_path_tokens for replay in replays)
+    work = [(replay, token_ids(replay, shape.vocabulary, options.seed)) for replay, _ in asked]
+    context_tokens = max(replay.longest_path_tokens for replay, _ in asked)
     players = make_players(options, runner, plain, context_tokens)
     print(f"{'tree':24}{'side':12}{'tokens/s':>10}{'s':>9}{'mean KV':>10}{'peak KV':>10}{'peak MB':>10}", end="")
     print(f"{'step ms':>10}{'floor ms':>10}{'/ floor':>9}")
     rows: list[dict[str, Any]] = []
-    for replay, ids in work:
-        runs: dict[str, list[Played]] = {name: [] for name in players}
+    for (replay, ids), (_, sides_asked) in zip(work, asked, strict=True):
+        runs: dict[str, list[Played]] = {name: [] for name in players if name in sides_asked}
         first_s = players["ours"](replay, ids).seconds if runner.uses_graphs and "ours" in players else None
         for _ in range(options.repeats):
-            for name in list(players):
+            for name in list(runs):
                 if (played := attempt(name, partial(players[name], replay, ids))) is None:
                     del players[name], runs[name]
                 else:
@@ -650,6 +656,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--limit", type=int, default=8, help="most trees of each of those, evenly picked")
     parser.add_argument("--widths", type=int, nargs="+", help="of the grown trees, instead of the shape's own")
     parser.add_argument("--rounds", type=int, help="only the first rounds of every tree")
+    parser.add_argument(
+        "--peer-rounds", type=int, help="peers play only so many rounds of every tree, and so does ours beside them"
+    )
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--steps", type=int, default=1000, help="decode steps of the leak check, 0 = none")
     parser.add_argument("--repeats", type=int, default=1)

@@ -317,8 +317,9 @@ def _pack(
     merge_count = bucket(max(len(merges), room))
     stop = slot_count + WIDTH * (entry_count + merge_count)
     parts: list[Tiles] = []
-    for height, tiles in tables:
-        parts.append(Tiles(height, stop, stop + WIDTH * bucket(max(len(tiles), room))))
+    for i, (height, tiles) in enumerate(tables):
+        least = room if i == len(tables) - 1 else 0  # rows of their own; tall tiles come in few counts anyway
+        parts.append(Tiles(height, stop, stop + WIDTH * bucket(max(len(tiles), least))))
         stop = parts[-1].stop
     count = bucket(max(partials, 4 * room))
     numbers = np.zeros(stop, dtype=np.int32)

@@ -30,6 +30,7 @@ from ets_engine.kv import (
     Row,
     TreeLayout,
 )
+from ets_engine.kv.pool import INITIAL_TOKENS
 from ets_engine.runtime.batching import Chunk, plan_forwards
 from ets_engine.runtime.compile import compile_layers
 from ets_engine.runtime.hook import TreeForward
@@ -52,6 +53,7 @@ _MEMORY = Path("/proc/meminfo")  # of Linux; files that the system can drop coun
 # A segment costs the kernel a partial result per query, written and read: of 32 bits, about four tokens for each query
 # head of a KV head. That many tokens saved pay for it.
 KERNEL_MIN_SAVED_TOKENS = 64
+CUDA_INITIAL_TOKENS = 65_536  # of the pool; captured passes are lost when it grows
 MAX_GRAPH_ROWS = 512  # larger passes keep a GPU busy without a graph
 
 Rows = Sequence[tuple[int, Sequence[int]]]
@@ -127,6 +129,7 @@ class Runner:
             max_tokens=self.config.kv_pool_tokens or _tokens_that_fit(self.device, token_bytes, self.config),
             dtype=self.dtype,
             device=self.device,
+            initial_tokens=INITIAL_TOKENS if self.device.type == "cpu" else CUDA_INITIAL_TOKENS,
         )
         self.tree = PrefixTree(pool)
         self.prefixes = PrefixCache(self.tree, self.config.prefix_cache_tokens)

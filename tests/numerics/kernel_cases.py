@@ -207,6 +207,22 @@ if INTERPRETED:
     def test_the_kernel_equals_the_specification(name: str) -> None:
         check(SMALL[name], torch.device("cpu"))
 
+    def test_a_draw_by_blocks_draws_what_plain_torch_draws() -> None:
+        """Vocabularies that end inside a block; temperatures mixed, greedy ones among them; a row that is no number."""
+        from ets_engine.runtime.sampler import draw_by_blocks, draw_uncut
+
+        generator = torch.Generator().manual_seed(0)
+        for vocabulary, dtype in ((1000, FP32), (5000, BF16)):
+            logits = (3 * torch.randn(12, vocabulary, generator=generator)).to(dtype)
+            logits[3, 256:512] = -float("inf")
+            draws = torch.rand(12, generator=generator, dtype=torch.float64)
+            for temperatures in (None, torch.tensor([0.0, 0.5, 1.0, 2.0] * 3)):
+                found, expected = (one(logits, temperatures, draws) for one in (draw_by_blocks, draw_uncut))
+                assert found[0].tolist() == expected[0].tolist()
+                assert torch.allclose(found[1], expected[1], atol=1e-5)
+        logits[5, 700] = float("nan")
+        assert draw_by_blocks(logits, None, draws)[1].isnan().tolist() == [row == 5 for row in range(12)]
+
     def test_a_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         """As on a GPU: layouts on the CPU, one work list for all layers; loading compares it with plain attention."""
         from transformers import LlamaConfig, LlamaForCausalLM
