@@ -125,8 +125,8 @@ class EngineConfig(Config):
         device: "auto" takes CUDA when it is there.
         dtype: "auto" is float32 on a CPU, bfloat16 on CUDA.
         page_tokens: Tokens per KV page.
-        kv_pool_tokens: Most KV tokens per model, None = what fits into `kv_memory_fraction`. The pool begins small
-            and doubles.
+        kv_pool_tokens: Most KV tokens per model, None = what fits into `kv_memory_fraction`. On a CPU the pool begins
+            small and doubles; on a GPU it is taken at load, up to a million tokens of it.
         kv_memory_fraction: Of the memory that is free at load, what each model's KV may take.
         prefill_chunk_tokens: Most tokens of one prompt read per forward pass, and between two decode steps.
         prefix_cache_tokens: Most tokens of read prompts kept per model, for later prompts that begin alike; they

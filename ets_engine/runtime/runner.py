@@ -53,7 +53,7 @@ _MEMORY = Path("/proc/meminfo")  # of Linux; files that the system can drop coun
 # A segment costs the kernel a partial result per query, written and read: of 32 bits, about four tokens for each query
 # head of a KV head. That many tokens saved pay for it.
 KERNEL_MIN_SAVED_TOKENS = 64
-CUDA_INITIAL_TOKENS = 65_536  # of the pool; captured passes are lost when it grows
+CUDA_INITIAL_TOKENS = 1 << 20  # of the pool, or all it may have: captured passes are lost when it grows
 MAX_GRAPH_ROWS = 512  # larger passes keep a GPU busy without a graph
 
 Rows = Sequence[tuple[int, Sequence[int]]]

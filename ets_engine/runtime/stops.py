@@ -267,8 +267,8 @@ class _Closing(dict[int, bool]):
 
     def _may_close(self, token: int) -> bool:
         text = self.letters[token]
-        if text is not None:  # of spaces alone, a tokenizer may make anything
-            return not text or text.startswith(self._tails) or any(stop in text for stop in self.stops)
+        if text is not None:
+            return text.startswith(self._tails) or any(stop in text for stop in self.stops)
         alone = self.letters.decode([token])
         return _INCOMPLETE not in alone or any(last in alone or ord(last) > 127 for last in self._last)
 

@@ -36,19 +36,31 @@ def byte_level() -> PreTrainedTokenizerFast:
     return with_special(tokenizer)
 
 
+class Bytes:
+    """Few tokens, of which many end or begin inside a character."""
+
+    pieces = (
+        *b"ab \n".decode(),
+        " a",
+        "ab",
+        "a\n",
+        "",
+        *(b"b\xe4", b" \xe4", b"\xb8", b"\xad", b"\xad\n", b"\xe4\xb8"),
+    )
+    eos_token_id = pieces.index("")
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        pieces = (self.pieces[token] for token in token_ids)
+        return b"".join(one.encode() if isinstance(one, str) else one for one in pieces).decode(errors="replace")
+
+
 def sentence_pieces() -> PreTrainedTokenizerFast:
     """As Llama 2: spaces that only a decode in context shows, and bytes for characters that are no pieces."""
-    words = [*"abSt:.#\n'w2", "\u2581", "\u2581\u2581", "\u2581a", "\u2581Step", "ep", "tep", "\n\n", "\u2581#", "##"]
-    pieces = [
-        "<unk>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *words,
-        ".\n",
-        "ки",
-        "\u00e9",
-        "\u2581wa",
-        "\u2581'",
-    ]
+    words = ["\u2581", "\u2581\u2581", "\u2581a", "\u2581Step", "tep", "\n\n", "\u2581#", "##", ".\n", "ки", "\u2581'"]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in "\n\u4e2d".encode()), *"abSt:.#\n'2", *words]
     tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
     )
@@ -93,6 +105,7 @@ def with_special(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFas
 
 MAKERS = {
     "reference": lambda: AutoTokenizer.from_pretrained(policy_path()),
+    "bytes": Bytes,
     "byte level": byte_level,
     "sentence pieces": sentence_pieces,
     "word pieces": word_pieces,
@@ -109,6 +122,8 @@ def finder_of(name: str) -> tuple[StopFinder, Any]:
 def token_lists(tokenizer: Any) -> st.SearchStrategy[list[int]]:
     """Any tokens, in any order: the bytes among them are mostly no text; and tokens of pieces of text."""
     any_tokens = st.lists(st.integers(0, len(tokenizer) - 1), max_size=8)
+    if isinstance(tokenizer, Bytes):
+        return any_tokens
     places = st.tuples(st.integers(0, len(TEXT)), st.integers(1, 12))
     of_text = places.map(lambda at: tokenizer(TEXT[at[0] : sum(at)], add_special_tokens=False)["input_ids"])
     return st.lists(any_tokens | of_text, max_size=4).map(lambda parts: [token for part in parts for token in part])

@@ -209,6 +209,8 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "kv_memory_fraction": (0.2, False),
     "prefill_chunk_tokens": (64, False),
     "prefix_cache_tokens": (0, False),
+    "cuda_graphs": (False, False),
+    "compile_layers": (True, False),
     "max_queued_searches": (8, False),
     "trust_remote_code": (True, False),
     "preset": ("plain", True),

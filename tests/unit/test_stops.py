@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -320,13 +321,18 @@ def test_the_quick_look_goes_back_to_what_was_carried_over() -> None:
 
 
 def test_a_stop_string_before_an_incomplete_character_is_seen_when_that_is_complete() -> None:
-    tokenizer = byte_level()
-    finder, rules = StopFinder(tokenizer), StopRules(("a ",), max_step_tokens=100)
-    tokens = tokenizer.encode("ba \u4e2d")
-    assert len(tokens) == 5, "the space and the first byte are one token"
-    looks = [finder.may_end(rules, [], tokens[:count], tokens[count], 100) for count in range(5)]
-    assert looks[-1] and finder.reason(rules, [], tokens, 100) is StopReason.BOUNDARY
-    assert finder.reason(rules, [], tokens[:-1], 100) is None
+    class Bytes:
+        pieces = (b"a", b"b\xe4", b"\xb8", b"\xad")
+
+        def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+            return b"".join(self.pieces[token] for token in token_ids).decode(errors="replace")
+
+    finder, rules, tokens = StopFinder(Bytes()), StopRules(("ab",), max_step_tokens=100), [0, 1, 2, 3]
+    reasons = [finder.reason(rules, [], tokens[: count + 1], 100) for count in range(4)]
+    assert reasons == [None, None, None, StopReason.BOUNDARY]
+    assert finder.may_end(rules, [], tokens[:-1], tokens[-1], 100)
+    assert finder.may_end(rules, tokens[:2], tokens[2:-1], tokens[-1], 100), "also where it ended the step before"
+    assert not finder.may_end(rules, [], tokens, 0, 100) and not finder.may_end(rules, [], [0, 2, 3], 3, 100)
 
 
 def test_the_quick_look_decodes_each_token_once() -> None:
