@@ -21,6 +21,7 @@ TEXT = (
     "The answer is: 5 ки\nna\u00efve caf\u00e9 \u4e2d\u6587 \u4e2d \U0001f600\n\n\nQuestion: 'x' and 'y' are not z !\n"
 )
 SPECIAL = "<|end|>"
+INCOMPLETE = ("b\xe4", " \xe4", "\xb8", "\xad", "\xad\n", "\xe4\xb8")  # bytes of "\u4e2d" and more
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -39,22 +40,14 @@ def byte_level() -> PreTrainedTokenizerFast:
 class Bytes:
     """Few tokens, of which many end or begin inside a character."""
 
-    pieces = (
-        *b"ab \n".decode(),
-        " a",
-        "ab",
-        "a\n",
-        "",
-        *(b"b\xe4", b" \xe4", b"\xb8", b"\xad", b"\xad\n", b"\xe4\xb8"),
-    )
-    eos_token_id = pieces.index("")
+    pieces = tuple(piece.encode("latin-1") for piece in ["", *"ab \n", " a", "ab", "a\n", *INCOMPLETE])
+    eos_token_id = 0
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        pieces = (self.pieces[token] for token in token_ids)
-        return b"".join(one.encode() if isinstance(one, str) else one for one in pieces).decode(errors="replace")
+        return b"".join(self.pieces[token] for token in token_ids).decode(errors="replace")
 
 
 def sentence_pieces() -> PreTrainedTokenizerFast:
@@ -73,25 +66,7 @@ def sentence_pieces() -> PreTrainedTokenizerFast:
 
 def word_pieces() -> PreTrainedTokenizerFast:
     """As BERT: no token knows its own spaces, and those before punctuation are taken out afterwards."""
-    pieces = [
-        "[UNK]",
-        "step",
-        "##s",
-        "##tep",
-        "a",
-        "##a",
-        ".",
-        ",",
-        "!",
-        "n't",
-        "do",
-        "'s",
-        "it",
-        "2",
-        "##2",
-        ":",
-        "\n",
-    ]
+    pieces = [*"[UNK] step ##s ##tep a ##a . , ! n't do 's it 2 ##2 :".split(), "\n"]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)

@@ -332,7 +332,7 @@ def test_a_stop_string_before_an_incomplete_character_is_seen_when_that_is_compl
     assert reasons == [None, None, None, StopReason.BOUNDARY]
     assert finder.may_end(rules, [], tokens[:-1], tokens[-1], 100)
     assert finder.may_end(rules, tokens[:2], tokens[2:-1], tokens[-1], 100), "also where it ended the step before"
-    assert not finder.may_end(rules, [], tokens, 0, 100) and not finder.may_end(rules, [], [0, 2, 3], 3, 100)
+    assert not finder.may_end(rules, [], [*tokens, 0], 0, 100) and not finder.may_end(rules, [], [0, 2], 3, 100)
 
 
 def test_the_quick_look_decodes_each_token_once() -> None:
