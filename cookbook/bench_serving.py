@@ -24,7 +24,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from ets_engine import ETSEngine, SearchConfig
+from ets_engine import EngineConfig, ETSEngine, SearchConfig
 from ets_engine.evaluation.machine import provenance
 from ets_engine.models import TrlFormat
 from ets_engine.models.formats import begin_ids
@@ -119,10 +119,10 @@ class RereadingVerifier:
         """Nothing is kept between calls but token ids."""
 
 
-def peer() -> Callable[[str, SearchConfig], int]:
+def peer(dtype: torch.dtype) -> Callable[[str, SearchConfig], int]:
     """Search by `generate`; returns the tokens that the PRM read."""
-    policy = AutoModelForCausalLM.from_pretrained(policy_path(), dtype=torch.float32).eval()
-    prm = AutoModelForTokenClassification.from_pretrained(prm_path(), dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(policy_path(), dtype=dtype).eval()
+    prm = AutoModelForTokenClassification.from_pretrained(prm_path(), dtype=dtype).eval()
     tokenizer, prm_format = (
         AutoTokenizer.from_pretrained(policy_path()),
         TrlFormat(AutoTokenizer.from_pretrained(prm_path())),
@@ -150,9 +150,18 @@ def model_seconds(before: EngineStats, after: EngineStats) -> float:
     return after.policy_s + after.verifier_s - before.policy_s - before.verifier_s
 
 
-def bench(engine: ETSEngine, problems: list[str], width: int, peer_problems: int, repeats: int) -> dict[str, object]:
+def tree_of(result: SearchResult) -> list[tuple[int, int, str]]:
+    """Every node that was sampled: its id, its parent and its text."""
+    assert result.trace is not None
+    return [(node.id, node.parent, node.text) for node in result.trace]
+
+
+def bench(
+    engine: ETSEngine, problems: list[str], width: int, peer_problems: int, repeats: int, dtype: torch.dtype
+) -> dict[str, object]:
     """One width: alone, together, by generate; interleaved."""
-    by_generate = peer()
+    by_generate = peer(dtype)
+    beside: list[SearchResult] = []
     alone: list[tuple[float, float]] = []
     together: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
@@ -165,7 +174,7 @@ def bench(engine: ETSEngine, problems: list[str], width: int, peer_problems: int
         wall_s, cpu_s = timed(lambda config=config: results.extend(engine.search(one, config) for one in problems))
         alone.append((wall_s, cpu_s))
         outside.append(1 - model_seconds(before, engine.stats()) / wall_s)
-        together.append(timed(lambda config=config: engine.search_many(problems, config)))
+        together.append(timed(lambda config=config: beside.extend(engine.search_many(problems, config))))
         theirs.append(timed(lambda config=config: [by_generate(one, config) for one in problems[:peer_problems]]))
     for result in results:
         assert result.trace is not None
@@ -190,6 +199,9 @@ def bench(engine: ETSEngine, problems: list[str], width: int, peer_problems: int
         "cpu_speedup_together": round(
             statistics.median(one for _, one in alone) / statistics.median(one for _, one in together), 2
         ),
+        "same_tree_together": round(
+            statistics.mean(tree_of(one) == tree_of(other) for one, other in zip(results, beside, strict=True)), 3
+        ),
         "outside_models": round(statistics.median(outside), 3),
         "prm_tokens_per_token": round(prm_tokens / produced, 3),
         "reread_tokens_per_token": round(reread / produced, 2),
@@ -203,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--peer-searches", type=int, default=4, help="by generate, which is slow")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all sides")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -211,16 +224,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
     rng = Random(f"serving/{options.seed}")
     problems = [draw(rng, "countdown", 4 + i % 3, held_out=True)[0].problem for i in range(options.searches)]
     rows = []
-    with ETSEngine.from_pretrained("reference") as engine:
+    with ETSEngine.from_pretrained("reference", config=EngineConfig(dtype=options.dtype)) as engine:
         engine.search_many(problems[:4], SearchConfig(width=4))
         for width in options.widths:
-            row = bench(engine, problems, width, min(options.peer_searches, len(problems)), options.repeats)
-            row |= {"bench": "serving", **provenance(), "seed": options.seed}
+            peers = min(options.peer_searches, len(problems))
+            row = bench(engine, problems, width, peers, options.repeats, getattr(torch, options.dtype))
+            row |= {"bench": "serving", "dtype": options.dtype, **provenance(), "seed": options.seed}
             rows.append(row)
             print(
                 f"width {width}: {row['speedup_over_generate']} x the searches per second of generate; "
                 f"{options.searches} together {row['speedup_together']} x one at a time "
-                f"({row['cpu_speedup_together']} x by CPU seconds); {row['outside_models']:.0%} of a search is outside "
+                f"({row['cpu_speedup_together']} x by CPU seconds), {row['same_tree_together']:.1%} of them with the "
+                f"same tree; {row['outside_models']:.0%} of a search is outside "
                 f"the models; the PRM reads {row['prm_tokens_per_token']} tokens per token, from scratch "
                 f"{row['reread_tokens_per_token']}",
                 flush=True,

@@ -111,7 +111,7 @@ def solve(
         ),
     ] = None,
     preset: Annotated[
-        str, option("NAME", "Prompt and step boundaries, see `ets models`.", default="as the model shows")
+        str, option("NAME", "Prompt, step boundaries and answers, see `ets models`.", default="as the model shows")
     ] = "auto",
     verifier_format: Annotated[
         str, option("NAME", "What the PRM reads, see `ets models`.", default="as the PRM shows")
@@ -229,11 +229,9 @@ def _check_models(text: str, model: str, verifier: str | None, engine: EngineCon
     from ets_engine.config import REMOTE
     from ets_engine.reference import REFERENCE, check_domain
 
-    if model == REFERENCE:
+    if REFERENCE in (model, engine.preset):
         check_domain(text)
-    elif model.startswith(REMOTE):  # the address is not repeated, it may hold a password
-        if engine.preset != "auto":
-            raise ConfigError("--preset has no effect on a server's model: its server decides the prompt; leave it out")
+    if model.startswith(REMOTE):  # the address is not repeated, it may hold a password
         if verifier is None:
             raise ConfigError(
                 "--model openai:... needs something that scores its steps: pass --verifier, a PRM's name, "
@@ -241,7 +239,7 @@ def _check_models(text: str, model: str, verifier: str | None, engine: EngineCon
             )
         if engine.verifier_format != "auto" and verifier.startswith("judge:"):
             raise ConfigError("--verifier-format has no effect on a server's model: leave it out")
-    elif verifier is None:
+    elif verifier is None and model != REFERENCE:
         raise ConfigError(
             f"--model {model} needs something that scores its steps: pass --verifier, a PRM's name or logprob"
         )

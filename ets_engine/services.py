@@ -73,7 +73,7 @@ def open_engine(
 
 
 def _check_folders(model: str, verifier: str | None) -> None:
-    """Refuse a file in the place of its folder: transformers takes a config.json and then misses a tokenizer.
+    """Refuse a file in the place of its folder, as `open_checkpoint` does, before anything is loaded.
 
     Raises:
         ConfigError: A name is that of a file.

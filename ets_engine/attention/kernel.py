@@ -5,8 +5,11 @@ so K/V is read once for all queries below it, and once for a whole group of head
 arbitrary; the heads of one slot lie side by side in the cache, and the programs of a tile's KV heads run side by side.
 Sums are fp32, products of fp32 are too (three TF32 products each). No atomics: the same input gives the same bits.
 
+A block of K/V is known only by its slots, which are loaded first. Triton spreads its pipeline's stages over both loads,
+so two more stages put one more block in flight: of three stages, none is left to hide the memory's latency behind.
+
 Where it stands: the logic runs in Triton's interpreter, and its variants compile for NVIDIA GPUs of compute capability
-8.9 and 9.0; block sizes and pipeline depths are chosen from their registers and shared memory, not from timings.
+8.0 to 9.0; block sizes and pipeline depths are chosen from their registers and shared memory, not from timings.
 """
 
 from __future__ import annotations
@@ -28,15 +31,18 @@ if TYPE_CHECKING:
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)  # the softmax is in powers of two
 MERGED_AT_ONCE = 8  # partial results
-SHARED_BYTES_OF_DEEP = 160 << 10  # of a block on GPUs that hold three stages of K/V: A100 (163 kB), H100 (227 kB)
+SHARED_BYTES_OF_H100 = 227 << 10  # that a block may use
+MOST_IN_FLIGHT = 3  # blocks of K/V that a program waits for, at most
+SPARE_BYTES = 1 << 10  # of shared memory that the driver keeps of each block, and again for slots and reductions
 
 
 class Launch(NamedTuple):
-    """How tiles of one height run: slots at a time, warps, and blocks of K/V in flight."""
+    """How tiles of one height run: slots at a time, warps, pipeline stages, and blocks that a multiprocessor holds."""
 
     block_n: int
     num_warps: int
     num_stages: int
+    at_once: int
 
 
 def tree_attention_triton(
@@ -74,8 +80,10 @@ def tree_attention_triton(
 
 def plan_pass(pieces: Pieces, cache: torch.Tensor, *, group: int, room: int = 0) -> WorkList:
     """The work list, on the CPU, of layers with such a cache ([S, 2, K, D]) and `group` query heads to a KV head."""
-    tiles_wanted = -(-4 * _processors(cache.device) // cache.shape[2])
-    tallest = heights(cache.shape[3], cache.dtype)
+    kv_heads, dim = cache.shape[2:]
+    tallest, processors, shared = heights(dim, cache.dtype), _processors(cache.device), _shared_bytes(cache.device)
+    hows = [launch(height, _block_d(dim), cache.dtype.itemsize, shared) for height in tallest]
+    tiles_wanted = [max(1, processors * how.at_once // kv_heads) for how in hows]
     return plan_pieces(pieces, group=group, tiles_wanted=tiles_wanted, heights=tallest, room=room)
 
 
@@ -119,12 +127,14 @@ def run_work(
     graph and replayed on new contents of the same tensors.
     """
     heads, dim = query.shape[1:]
+    if scale <= 0:  # the kernel scales the largest score, not each
+        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
     if query.stride(-1) != 1:
         query = query.contiguous()
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     partial = query.new_empty((max(work.partials, 1), heads, dim), dtype=torch.float32)
     lse = query.new_empty((max(work.partials, 1), heads), dtype=torch.float32)
-    block_d = max(16, 1 << (dim - 1).bit_length())
+    block_d = _block_d(dim)
     sizes: dict[str, Any] = {
         "KV_HEADS": cache.shape[2],
         "GROUP": heads // cache.shape[2],
@@ -157,11 +167,27 @@ def heights(dim: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def launch(height: int, block_d: int, itemsize: int, shared_bytes: int) -> Launch:
-    """How tiles of one height run: what compiles with few or no spills and fits a multiprocessor's shared memory."""
+    """How tiles of one height run: what compiles with few or no spills and fits a multiprocessor's shared memory.
+
+    Low tiles share a multiprocessor, as many as its registers hold. As many blocks of K/V are in flight as then fit.
+
+    Example:
+        >>> launch(128, 128, 2, SHARED_BYTES_OF_H100), launch(16, 128, 2, SHARED_BYTES_OF_H100).at_once
+        (Launch(block_n=128, num_warps=8, num_stages=5, at_once=1), 3)
+    """
     row_bytes = itemsize * block_d  # of one key
     block_n = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    if height == 128 and row_bytes == 256 and shared_bytes >= SHARED_BYTES_OF_H100:
+        block_n = 128  # half as many rescalings and barriers
     num_warps = 8 if height == 128 or height * block_d >= 64 * 256 or row_bytes > 512 else 4
-    return Launch(block_n, num_warps, 3 if shared_bytes >= SHARED_BYTES_OF_DEEP else 2)
+    at_once = 1 if num_warps == 8 else 3 if height == 16 and itemsize == 2 and block_d <= 128 else 2
+    read = height >= 64  # K/V straight from shared memory: one block more is not free yet
+    while True:
+        left = (shared_bytes + SPARE_BYTES) // at_once - 2 * SPARE_BYTES - height * row_bytes
+        in_flight = left // (2 * block_n * row_bytes) - read
+        if in_flight >= 1 or at_once == 1:
+            return Launch(block_n, num_warps, 1 + 2 * min(max(in_flight, 1), MOST_IN_FLIGHT), at_once)
+        at_once -= 1
 
 
 def is_interpreted() -> bool:
@@ -177,8 +203,12 @@ def _processors(device: torch.device) -> int:
 @lru_cache
 def _shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
-        return SHARED_BYTES_OF_DEEP
+        return SHARED_BYTES_OF_H100
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _block_d(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 @triton.jit
@@ -214,7 +244,8 @@ def _attend(
     head = kv_head * GROUP + row % GROUP
     which = tl.load(entry, mask=real, other=0).to(tl.int64)
     first = tl.load(entry + 1, mask=real, other=0)
-    stop = tl.minimum(tl.load(entry + 2, mask=real, other=0), end)
+    stop = tl.minimum(tl.load(entry + 2, mask=real, other=end), end)
+    seen_from, seen_to = tl.max(first, 0), tl.min(stop, 0)  # the slots that all rows see
     target = tl.load(entry + 3, mask=real, other=0).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     inside = dim < DIM
@@ -224,23 +255,30 @@ def _attend(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if softcap is None:
+        factor = scale * LOG2E
+    else:
+        factor = LOG2E
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         exists = column < end
         slot = tl.load(slots + column, mask=exists, other=0).to(tl.int64)
         there = cache + (slot * (2 * KV_HEADS) + kv_head)[:, None] * DIM + dim[None, :]
-        readable = exists[:, None] & inside[None, :]
+        readable = exists[:, None]
+        if DIM < BLOCK_D:
+            readable = readable & inside[None, :]
         keys = tl.load(there, mask=readable, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale
+        scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3")
         if softcap is not None:
             scores = softcap * (
-                1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap)))
+                1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E * scale / softcap)))
             )  # cap * tanh(score / cap)
-        seen = (column[None, :] >= first[:, None]) & (column[None, :] < stop[:, None])
-        scores = tl.where(seen, scores * LOG2E, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        if (start < seen_from) | (start + BLOCK_N > seen_to):  # most blocks are seen wholly by all rows
+            seen = (column[None, :] >= first[:, None]) & (column[None, :] < stop[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
         level = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may see nothing of its first blocks
-        weights = tl.exp2(scores - level[:, None])
+        weights = tl.exp2(scores * factor - level[:, None])
         fade = tl.exp2(top - level)
         total = total * fade + tl.sum(weights, 1)
         values = tl.load(there + KV_HEADS * DIM, mask=readable, other=0.0)

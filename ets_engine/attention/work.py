@@ -9,6 +9,7 @@ leaves a partial result in each; they lie side by side and are merged in a fixed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ Pieces = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[A
 IntArray = NDArray[np.int32]
 
 ALIGN = 16  # tokens; chunks are multiples of it
+SHARES = (5 / 4, 1, 5 / 8, 1 / 2, 1 / 3, 1 / 4)  # longest chunks to choose from, in even shares of all slots
 WIDTH = 4  # numbers of a tile, of an entry and of a merge
 
 
@@ -102,20 +104,21 @@ def plan_work(
     layout: AttentionLayout,
     *,
     group: int,
-    tiles_wanted: int,
+    tiles_wanted: int | Sequence[int],
     heights: Sequence[int] = (16, 64, 128),
     min_chunk: int = 128,
 ) -> WorkList:
     """Cut a layout into tiles.
 
     Pieces with few queries go to tiles of the lowest height, all others to the next one that holds the largest, or to
-    the highest. Chunks are cut as long as `tiles_wanted` allows, but not below `min_chunk`, nor below two slots for
-    each row of a tile: a partial result is as long as a value and counts twice, written and read.
+    the highest. Chunks are as long as lets the device finish soonest (`_longest_chunk`), but not below `min_chunk`, nor
+    below two slots for each row of a tile: a partial result is as long as a value and counts twice, written and read.
 
     Args:
         layout: Who sees what; its tensors are read on the CPU (a layout that lies elsewhere is copied).
         group: Query heads of one KV head, 1..heights[-1].
-        tiles_wanted: Tiles of each height that fill the device, all KV heads apart (count), >= 1.
+        tiles_wanted: Tiles that fill the device once, all KV heads apart (count), >= 1; one number, or one of each
+            height.
         heights: Rows of a tile, ascending.
         min_chunk: Shortest stretch of slots worth a tile of its own (tokens), >= 1.
 
@@ -146,7 +149,7 @@ def plan_pieces(
     pieces: Pieces,
     *,
     group: int,
-    tiles_wanted: int,
+    tiles_wanted: int | Sequence[int],
     heights: Sequence[int] = (16, 64, 128),
     min_chunk: int = 128,
     room: int = 0,
@@ -156,7 +159,7 @@ def plan_pieces(
     Args:
         pieces: Who sees what.
         group: See `plan_work`, as the next three.
-        tiles_wanted: Of each height.
+        tiles_wanted: That fill the device once.
         heights: Of tiles.
         min_chunk: Of slots.
         room: Queries that the counts of a small work list are rounded up for, so that all passes over about as many
@@ -171,12 +174,14 @@ def plan_pieces(
         next((height for height in heights if height >= most), heights[-1]) for most in (group, rows.max())
     )
     narrow = rows <= lowest
+    wanted = [tiles_wanted] * len(heights) if isinstance(tiles_wanted, int) else tiles_wanted
     tables: list[tuple[int, IntArray]] = []
     entries: list[IntArray] = []
     for height, chosen in ((tallest, ~narrow), (lowest, narrow)):
         if chosen.any():
             some = _Pieces(begin[chosen], queries[chosen])
-            tiles, found = _cut(some, seen, height // group, tiles_wanted, max(min_chunk, 2 * height))
+            at_once = wanted[heights.index(height)]
+            tiles, found = _cut(some, seen, height // group, at_once, max(min_chunk, 2 * height))
             tiles[:, 2] += sum(map(len, entries))
             tables.append((height, tiles))
             entries.append(found)
@@ -259,7 +264,7 @@ def _seen_of_tails(layout: AttentionLayout, length: int) -> tuple[IntArray, IntA
 
 
 def _cut(
-    pieces: _Pieces, seen: _Seen, queries_of_tile: int, tiles_wanted: int, min_chunk: int
+    pieces: _Pieces, seen: _Seen, queries_of_tile: int, at_once: int, min_chunk: int
 ) -> tuple[IntArray, IntArray]:
     """Tiles [N, 4] of some pieces and their entries [E, 4], targets still 0."""
     blocks_of = -(-pieces.queries // queries_of_tile)
@@ -270,9 +275,7 @@ def _cut(
     members = _ranges(start, count)
     begin = np.minimum.reduceat(seen.first[members], _starts(count))
     length = np.maximum.reduceat(seen.stop[members], _starts(count)) - begin
-    longest = max(min_chunk, int(length.sum()) // tiles_wanted // ALIGN * ALIGN)
-    chunk = -(-length // -(-length // longest))  # as even as can be
-    chunk = -(-chunk // ALIGN) * ALIGN
+    chunk = _chunks(length, _longest_chunk(length, at_once, min_chunk))
     chunks_of = -(-length // chunk)
     block = np.repeat(np.arange(len(chunks_of), dtype=np.int32), chunks_of)  # of each tile
     order = _ranges(np.zeros_like(chunks_of), chunks_of)
@@ -287,6 +290,35 @@ def _cut(
     tiles = np.stack([tile_start, tile_stop, _starts(entries_of), entries_of], axis=1)
     best = np.lexsort((block, tile_start, piece[block], tile_start - tile_stop))
     return tiles[best], entries
+
+
+def _longest_chunk(length: IntArray, at_once: int, min_chunk: int) -> int:
+    """The longest chunk that blocks of some lengths [B] are best cut into, where so many tiles run at once.
+
+    Tiles run longest first, in rounds, each as long as its first tile and the time of `min_chunk` slots more, in which
+    a tile finds out what it reads and leaves its result. Few long chunks pay that seldom; many short ones fill the last
+    round. The longer of two that take as long, which leaves fewer results to merge.
+    """
+    share = int(length.sum()) / at_once
+    ladder = (-(-max(min_chunk, math.ceil(share * part)) // ALIGN) * ALIGN for part in SHARES)
+    candidates = sorted(set(ladder), reverse=True)
+    if candidates[-1] >= length.max():
+        return candidates[-1]  # cuts nothing
+    took: list[int] = []
+    for longest in candidates:
+        chunk = _chunks(length, longest)
+        order = np.argsort(-chunk)
+        before = np.cumsum(-(-length // chunk)[order])  # tiles of this block and longer ones
+        rounds = np.arange(0, before[-1], at_once)
+        first = chunk[order][np.searchsorted(before, rounds, side="right")]  # of each round
+        took.append(int(first.sum()) + min_chunk * len(rounds))
+    return candidates[took.index(min(took))]
+
+
+def _chunks(length: IntArray, longest: int) -> IntArray:
+    """How long the chunks of each block are, as even as can be, if none is longer than a multiple of `ALIGN`. [B]."""
+    chunk = -(-length // -(-length // longest))
+    return -(-chunk // ALIGN) * ALIGN
 
 
 def _give_targets(entries: IntArray) -> tuple[IntArray, int]:

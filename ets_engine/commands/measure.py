@@ -29,6 +29,9 @@ def bench(
         ),
     ] = "reference",
     verifier: Annotated[str | None, option("NAME", "Model that scores steps.", default="the shipped one")] = None,
+    preset: Annotated[
+        str, option("NAME", "Prompt, step boundaries and answers, see `ets models`.", default="as the model shows")
+    ] = "auto",
     device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
     strategies: Annotated[
         str,
@@ -86,7 +89,7 @@ def bench(
             out=out,
             model=model,
             verifier=verifier,
-            engine=EngineConfig(device=device),
+            engine=EngineConfig(device=device, preset=preset),
             data=data,
             limit=limit,
             data_seed=data_seed,

@@ -64,7 +64,9 @@ def check(
         ),
     ] = None,
     device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
-    preset: Annotated[str, option("NAME", "Prompt and step boundaries.", default="as the model shows")] = "auto",
+    preset: Annotated[
+        str, option("NAME", "Prompt, step boundaries and answers.", default="as the model shows")
+    ] = "auto",
     verifier_format: Annotated[str, option("NAME", "What the PRM reads.", default="as the model shows")] = "auto",
     problem: Annotated[
         str | None, option("TEXT", "What the trial search solves.", default="a sum, or one the shipped models know")
@@ -83,14 +85,13 @@ def check(
 
         from ets_engine.config import EngineConfig, SearchConfig
         from ets_engine.reference import REFERENCE
-        from ets_engine.services import REMOTE, open_engine
+        from ets_engine.services import open_engine
 
-        if model.startswith(REMOTE) and preset != "auto":
-            raise ConfigError("--preset has no effect on a server's model: its server decides the prompt; leave it out")
         _check_at_least_1("--tokens", tokens)
         quiet_libraries(is_terminal=False)
         config = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
-        asked = problem or ("Use 1, 3, 7 and 17 to make 22." if model == REFERENCE else CHECK_PROBLEM)
+        knows_families = REFERENCE in (model, preset, model.partition("#")[2])
+        asked = problem or ("Use 1, 3, 7 and 17 to make 22." if knows_families else CHECK_PROBLEM)
         with open_engine(model, verifier, config) as engine:
             found = engine.describe()
             strategy = "best_of_n" if found.verifier_name is None else "ets"
@@ -207,6 +208,7 @@ def _server_facts(found: ServerDescription) -> dict[str, str]:
     return {
         "policy: model": f"{found.name} at {', '.join(found.urls)}",
         "policy: context": "the server does not say" if context is None else plural(context, "token"),
+        "policy: format": found.preset or "unknown",
         "policy: prompts": found.prompts,
         "policy: steps": f"end with {', '.join(map(repr, found.boundaries))}",
         "server: token ids": f"as prompts: {_yes(found.token_prompts)}, with choices: {_yes(found.token_ids)}",

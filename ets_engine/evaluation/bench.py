@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any, get_args
 from zlib import crc32
 
+from ets_engine.answers import ReferenceView
 from ets_engine.config import SearchConfig, Vote
 from ets_engine.errors import ConfigError, ETSError
 from ets_engine.evaluation.grading import Mode, grade
@@ -61,7 +62,8 @@ class Bench:
     Attributes:
         engine: What searches; nothing else should use its models meanwhile. One over a server knows no bandwidth, no
             FLOPs, and of the KV only what can be counted from the tree.
-        problems: The same for every method.
+        problems: The same for every method. Solutions of the reference families are read as their checkers read them,
+            whatever the engine would see in them.
         results: Where searches are written down.
         base: Settings of every search, apart from strategy, width and seed.
         seeds: Each method solves each problem once per seed.
@@ -132,7 +134,8 @@ class Bench:
         self, problem: EvalProblem, config: SearchConfig, cancel: Event | None = None
     ) -> Future[SearchResult]:
         try:
-            return self.engine.submit(problem.problem, config, cancel=cancel)
+            view = ReferenceView() if problem.family else None
+            return self.engine.submit(problem.problem, config, cancel=cancel, view=view)
         except ETSError as error:
             failed: Future[SearchResult] = Future()
             failed.set_exception(error)

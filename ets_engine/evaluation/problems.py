@@ -49,7 +49,8 @@ def load_problems(data: str, *, limit: int | None = None, seed: int = 0) -> list
 
     Args:
         data: "countdown" or "story" for fresh held-out problems of the shipped models, or a JSONL file whose lines have
-            `problem` or `question`, and `answer`; GSM8K's ("...#### 18") and MATH-500's own files are such files.
+            `problem` or `question`, and `answer`; GSM8K's ("...#### 18") and MATH-500's own files are such files. Lines
+            of `python -m ets_engine.reference` say their `family`, and are graded by its checker.
         limit: Most problems, the first ones; None = all of a file, 200 of a family.
         seed: Of a generated family; a file has none.
 
@@ -106,12 +107,14 @@ def _parse(path: Path, lines: Iterable[str]) -> Iterable[EvalProblem]:
             solution, answer = answer, answer.rpartition("####")[2].strip()
             if not answer:
                 raise ConfigError(f"{path}:{number} has nothing after its `####`")
+        family = _field(row, ("family",))
         yield EvalProblem(
             id=_field(row, _ID_FIELDS) or str(number),
             problem=problem,
             answer=answer,
             solution=solution,
             level=_field(row, _LEVEL_FIELDS),
+            family=family if family in FAMILIES and FAMILIES[family].parse(problem) else "",
         )
 
 

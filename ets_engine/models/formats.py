@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ets_engine.errors import ConfigError
 from ets_engine.messages import Message, Prompt, last_user_text, split_reply, to_messages
-from ets_engine.models.presets import Preset, find_preset
+from ets_engine.models.presets import THINK, THOUGHT, Preset, find_preset, instructs, move_to_user_turn
 from ets_engine.protocols import StepView
 
-THINK, THOUGHT = "<think>", "</think>"  # around what a reasoning model thinks before it replies
 _QUESTION, _REPLY = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes, it is."}
 
 
@@ -129,19 +128,8 @@ class PolicyFormat:
         return self.preset.make_view(in_thought=opened.rfind(THINK) > opened.rfind(THOUGHT))
 
     def reader(self, read_step: Callable[[str], str] | None = None) -> Callable[[str], str]:
-        """What a PRM reads of a step's text: no tags of thoughts, no end-of-step mark, which its own format may add.
-
-        Args:
-            read_step: What the caller has it read of the rest, None = all.
-        """
-        marks = [mark for mark in (THINK, THOUGHT, self.preset.step_mark) if mark]
-
-        def read(text: str) -> str:
-            for mark in marks:
-                text = text.replace(mark, "")
-            return text if read_step is None else read_step(text)
-
-        return read
+        """What a PRM reads of a step's text; see `Preset.make_reader`."""
+        return self.preset.make_reader(read_step)
 
     @cached_property
     def _reply_opening(self) -> str:
@@ -165,9 +153,7 @@ class PolicyFormat:
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
         """The conversation in the policy's chat template, up to the beginning of a reply."""
-        if self.preset.system and not tools and not any(map(_instructs, messages)):
-            messages = [{"role": "system", "content": self.preset.system}, *messages]
-            messages = _in_user_turn(messages) if self.preset.in_user_turn else messages
+        messages = self.preset.instruct(messages, has_tools=bool(tools))
         turns, text = self._heard(messages, tools)
         if tools and text == self._apply(turns):
             raise ConfigError("tools: this policy's chat template leaves them out; take a model trained to call tools")
@@ -175,7 +161,7 @@ class PolicyFormat:
 
     def _heard(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Message], str]:
         """The first shape of the conversation that the template takes with all its instructions, and its text."""
-        instructions = [message["content"].strip() for message in messages if _instructs(message)]
+        instructions = [message["content"].strip() for message in messages if instructs(message)]
         taken: list[tuple[Sequence[Message], str]] = []
         refusals: list[Exception] = []
         for turns in _shapes(messages):
@@ -219,25 +205,10 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def _instructs(message: Message) -> bool:
-    return message["role"] in ("system", "developer")
-
-
 def _shapes(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
     """The conversation as it is, then with its instructions where a template that knows no such role reads them."""
     yield messages
     if any(message["role"] == "developer" for message in messages):
-        yield [{**message, "role": "system"} if _instructs(message) else message for message in messages]
-    if any(map(_instructs, messages)):
-        yield _in_user_turn(messages)
-
-
-def _in_user_turn(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with its instructions before the text of the first user turn."""
-    said = [message["content"] for message in messages if _instructs(message)]
-    turns = [message for message in messages if not _instructs(message)]
-    first = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), None)
-    if first is None:
-        return [{"role": "user", "content": "\n\n".join(said)}, *turns]
-    asked = {**turns[first], "content": "\n\n".join([*said, turns[first]["content"]])}
-    return [*turns[:first], asked, *turns[first + 1 :]]
+        yield [{**message, "role": "system"} if instructs(message) else message for message in messages]
+    if any(map(instructs, messages)):
+        yield move_to_user_turn(messages)

@@ -6,14 +6,18 @@ Prompts are quoted from the model cards and from the projects that search with t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ets_engine.answers import MathView, ReferenceView
 from ets_engine.errors import ConfigError
+from ets_engine.messages import Message
 from ets_engine.protocols import StepView
 from ets_engine.reference import REFERENCE
+
+THINK, THOUGHT = "<think>", "</think>"
+"""Around what a reasoning model thinks before it replies."""
 
 STEP_MARK = "ки"
 """Math-Shepherd's end of a step (arXiv 2312.08935), which its generators write; its PRM and Llemma's read it."""
@@ -144,6 +148,33 @@ class Preset:
         """
         return self.view or MathView(in_thought, self.step_mark)
 
+    def make_reader(self, read_step: Callable[[str], str] | None = None) -> Callable[[str], str]:
+        """What a PRM reads of a step's text: no tags of thoughts, no end-of-step mark, which its own format may add.
+
+        Args:
+            read_step: What the caller has it read of the rest, None = all.
+        """
+        marks = [mark for mark in (THINK, THOUGHT, self.step_mark) if mark]
+
+        def read(text: str) -> str:
+            for mark in marks:
+                text = text.replace(mark, "")
+            return text if read_step is None else read_step(text)
+
+        return read
+
+    def instruct(self, messages: Sequence[Message], has_tools: bool = False) -> Sequence[Message]:
+        """The conversation with the family's instruction, where it brings neither instructions nor tools.
+
+        Example:
+            >>> Preset("brief", "for tests", system="Be brief.").instruct([{"role": "user", "content": "1+1?"}])
+            [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '1+1?'}]
+        """
+        if not self.system or has_tools or any(map(instructs, messages)):
+            return messages
+        messages = [{"role": "system", "content": self.system}, *messages]
+        return move_to_user_turn(messages) if self.in_user_turn else messages
+
 
 _QWEN3 = Preset(
     "qwen3",
@@ -229,35 +260,41 @@ PRESETS: tuple[Preset, ...] = (
 """All presets; of several that a checkpoint answers to, the first is taken."""
 
 
-def find_preset(name: str, checkpoint: str, tokenizer: Tokenizer) -> Preset:
+def find_preset(name: str, checkpoint: str, tokenizer: Tokenizer | None) -> Preset:
     """The preset of a policy.
 
     Args:
         name: Of a preset; "auto" = what the checkpoint's name, else its chat template says, else "chat" or "plain".
         checkpoint: Folder or hub name of the policy; "reference" is the shipped one, "./reference" a folder.
-        tokenizer: The policy's.
+        tokenizer: The policy's, None = it is not known here whether there is a chat template: with "auto" the name
+            alone tells, else it is "chat".
+
+    Example:
+        >>> find_preset("auto", "Qwen/Qwen2.5-Math-7B-Instruct", None).name, find_preset("auto", "mine", None).name
+        ('qwen_math', 'chat')
 
     Raises:
         ConfigError: There is no preset of this name, or it needs a chat template that the tokenizer lacks.
     """
     check_preset(name)
     by_name = {preset.name: preset for preset in PRESETS}
-    template = _text(tokenizer.chat_template)
+    template = "" if tokenizer is None else _text(tokenizer.chat_template)
+    may_chat = tokenizer is None or bool(template)
     if name == "auto" and checkpoint == REFERENCE:
         return by_name[REFERENCE]
     if name != "auto":
-        if by_name[name].prompt == "chat" and not template:
+        if by_name[name].prompt == "chat" and not may_chat:
             raise ConfigError(f"preset={name!r} needs a chat template, and {checkpoint!r} has none; choose 'plain'")
         return by_name[name]
     called = _own_name(checkpoint)
-    usable = [preset for preset in PRESETS if template or preset.prompt != "chat"]
+    usable = [preset for preset in PRESETS if may_chat or preset.prompt != "chat"]
     for preset in usable:
         if preset.checkpoint is not None and re.fullmatch(preset.checkpoint, called):
             return preset
     for preset in usable:
         if preset.marks and all(mark in template for mark in preset.marks):
             return preset
-    return by_name["chat" if template else "plain"]
+    return by_name["chat" if may_chat else "plain"]
 
 
 def check_preset(name: str) -> None:
@@ -269,6 +306,22 @@ def check_preset(name: str) -> None:
     names = [preset.name for preset in PRESETS]
     if name not in ("auto", *names):
         raise ConfigError(f"preset={name!r} is unknown; choose 'auto' or one of {', '.join(names)}")
+
+
+def instructs(message: Message) -> bool:
+    """Whether a message instructs the policy."""
+    return message["role"] in ("system", "developer")
+
+
+def move_to_user_turn(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with its instructions before the text of the first user turn."""
+    said = [message["content"] for message in messages if instructs(message)]
+    turns = [message for message in messages if not instructs(message)]
+    first = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": "\n\n".join(said)}, *turns]
+    asked = {**turns[first], "content": "\n\n".join([*said, turns[first]["content"]])}
+    return [*turns[:first], asked, *turns[first + 1 :]]
 
 
 def _own_name(checkpoint: str) -> str:

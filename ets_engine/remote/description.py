@@ -15,6 +15,7 @@ class ServerDescription(Value):
         urls: Of its replicas, in order.
         context_tokens: Most tokens of prompt and completion, None = the server does not say.
         prompts: How a problem becomes a prompt.
+        preset: Of the model's family, None = nothing is known of it.
         boundaries: Texts that end a step.
         token_prompts: A prompt may be a list of token ids.
         token_ids: Choices come with their token ids.
@@ -33,6 +34,7 @@ class ServerDescription(Value):
     urls: tuple[str, ...]
     context_tokens: int | None
     prompts: str
+    preset: str | None
     boundaries: tuple[str, ...]
     token_prompts: bool
     token_ids: bool

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ets_engine.config import EngineConfig
+from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError
 from ets_engine.hosted import HostedEngine
-from ets_engine.messages import Message
-from ets_engine.protocols import Embedder, StepView
+from ets_engine.messages import Message, Prompt, last_user_text
+from ets_engine.protocols import Embedder, SearchOptions, StepView
 from ets_engine.remote.address import Address
 from ets_engine.remote.description import ServerDescription
 from ets_engine.remote.metrics import ServerMetrics, read_metrics
 from ets_engine.remote.policy import RemotePolicy
+from ets_engine.remote.presets import PresetView, end_texts
 from ets_engine.remote.replicas import Replicas
 from ets_engine.remote.server import ServerError
 from ets_engine.remote.verifier import JudgeVerifier, PoolingVerifier, ServedVerifier, find_layout, parse_verifier
@@ -25,10 +26,12 @@ from ets_engine.scorers import BatchScorer, Scorer
 from ets_engine.search import SearchTree
 from ets_engine.types import KVStats
 
+if TYPE_CHECKING:
+    from ets_engine.models.presets import Preset  # which loads torch
+
 Rebuild = tuple[Callable[..., Any], tuple[Any, ...]]
 Reach = Callable[[Address], Replicas]
 
-_DEFAULT_BOUNDARIES = ("\n\n",)
 _OF_PRM = ("dtype", "step_separator", "verifier_format", "verifier_load_options")  # settings that decide its scores
 _SECRET = ("token", "use_auth_token")  # of from_pretrained
 
@@ -45,6 +48,8 @@ class RemoteEngine(HostedEngine):
         name: Names both models and what else decides answers, for caches.
         replicas: Of the policy.
         policy: Asks them.
+        preset: What ends a solution besides the end of text, the longest step, what of a step the engine's own verifier
+            reads, and, without `view`, how texts map to answers; None = nothing is known of the model.
         closes: Called when it closes, the last search having ended.
         rebuild: A function and its arguments, which make or find this engine again where it is unpickled; None = what
             is registered under its name there.
@@ -60,6 +65,7 @@ class RemoteEngine(HostedEngine):
         name: str,
         replicas: Replicas,
         policy: RemotePolicy,
+        preset: Preset | None = None,
         closes: Sequence[Callable[[], None]] = (),
         rebuild: Rebuild | None = None,
         judged_by: str | None = None,
@@ -80,6 +86,8 @@ class RemoteEngine(HostedEngine):
         self.address = address
         self._replicas = replicas
         self._policy = policy
+        self._preset = preset
+        self._has_view = view is not None
         self._closes = tuple(closes)
         self._rebuild = rebuild
         self._judged_by = judged_by
@@ -125,6 +133,7 @@ class RemoteEngine(HostedEngine):
             urls=self.address.urls,
             context_tokens=able.context_tokens,
             prompts=self._policy.describe_prompts(),
+            preset=None if self._preset is None else self._preset.name,
             boundaries=self._policy.boundaries,
             token_prompts=able.token_prompts,
             token_ids=able.token_ids,
@@ -148,13 +157,29 @@ class RemoteEngine(HostedEngine):
         for close in self._closes:
             close()
 
+    def _make_job(self, problem: Prompt, config: SearchConfig, options: SearchOptions) -> Any:
+        """The search as the model's preset has it."""
+        preset = self._preset
+        if preset is None:
+            return super()._make_job(problem, config, options)
+        most = preset.boundary.tokens or config.max_step_tokens
+        limits = {"max_step_tokens": min(most, config.max_step_tokens), "stop": (*preset.stop, *config.stop)}
+        job = super()._make_job(problem, config.model_copy(update=limits), options)
+        own: SearchOptions = {"read_step": preset.make_reader(options.get("read_step"))}
+        if not (options.get("view") or self._has_view):
+            own["view"] = PresetView(preset, lambda: self._policy.in_thought(job.messages, job.tools))
+        if not options.get("problem_text") and preset.prompt != "chat":
+            own["problem_text"] = last_user_text(job.messages)
+        job.options = {**options, **own}
+        return job
+
 
 def connect(
     address: str,
     verifier: Scorer | str | None = None,
     config: EngineConfig | None = None,
     *,
-    boundaries: Sequence[str] = _DEFAULT_BOUNDARIES,
+    boundaries: Sequence[str] | None = None,
     tokenizer: str | None = None,
     template: str | None = None,
     api_key_env: str = "OPENAI_API_KEY",
@@ -174,25 +199,28 @@ def connect(
         verifier: A function or `BatchScorer`; `judge:openai:URL#model`, a chat model that marks steps;
             `pooling:openai:URL#model`, a PRM behind a pooling endpoint; a PRM to be run here, by folder or hub name or
             "reference"; None = every search brings its own, or is one that no score can change.
-        config: How a PRM is run here, or what one behind a pooling endpoint reads (`verifier_format` "qwen" or "trl",
-            `step_separator`); nothing else of it reaches a server.
-        boundaries: Texts that end a step; see `RemotePolicy` for what token ids make of them.
+        config: `preset`: prompt, step boundary and answer pattern of the model, "auto" = as its name there suggests,
+            else its chat template, steps that end with a blank line, and answers of mathematics. How a PRM is run here,
+            or what one behind a pooling endpoint reads (`verifier_format` "qwen" or "trl", `step_separator`). Nothing
+            else of it reaches a server.
+        boundaries: Texts that end a step, None = as the preset says; see `RemotePolicy` for what token ids make of
+            them.
         tokenizer: The model's, by folder or hub name, for its chat template; not needed where the server has
             `/tokenize`, or the model's name is that of a cached or local one.
-        template: For a model without a chat template: a text with `{problem}`, or "plain".
+        template: For a model without a chat template: a text with `{problem}`, or "plain"; the preset's prompt and
+            instruction do not count then.
         api_key_env: Environment variable with the key, which policy and verifier share.
         timeout_s: Longest wait for one reply.
         retries: More tries after a failed one (count).
         max_concurrent_requests: Most requests in flight (count), the verifier's aside.
         max_concurrent_searches: Searches that run at a time; more wait.
-        view: How texts map to answers. For a model whose chat template opens a <think> section, as DeepSeek-R1's does,
-            give `MathView(in_thought=True)` of `ets_engine.answers`: no text tells that the prompt did.
+        view: How texts map to answers, None = as the preset says.
         embedder: How differently steps reason; None compares their words.
         rebuild: As in `RemoteEngine`.
         transport: Instead of the network.
 
     Raises:
-        ConfigError: An address or a setting is wrong.
+        ConfigError: An address or a setting is wrong, there is no such preset, or no texts end its steps.
         ModelLoadError: A PRM cannot be loaded.
 
     Example:
@@ -200,7 +228,11 @@ def connect(
         ...     engine.name
         'openai:http://localhost:8000/v1#Qwen/Qwen2.5-Math-7B-Instruct'
     """
-    where = Address.parse(address)
+    from ets_engine.models.presets import find_preset  # it loads torch
+
+    where, config = Address.parse(address), config or EngineConfig()
+    preset = find_preset(config.preset, where.model, None)
+    ends = end_texts(preset) if boundaries is None else boundaries
 
     def reach(at: Address) -> Replicas:
         return Replicas.connect(
@@ -214,10 +246,11 @@ def connect(
 
     scorer, judged_by, closes = _find_verifier(verifier, config, reach)
     replicas = reach(where)
-    policy = RemotePolicy(replicas, where.model, boundaries=boundaries, tokenizer=tokenizer, template=template)
-    settings = {"boundaries": tuple(boundaries), "tokenizer": tokenizer, "template": template}
-    usual = {"boundaries": _DEFAULT_BOUNDARIES, "tokenizer": None, "template": None}
-    shown = [f"{key}={value!r}" for key, value in settings.items() if value != usual[key]]
+    policy = RemotePolicy(replicas, where.model, boundaries=ends, tokenizer=tokenizer, template=template, preset=preset)
+    settings = {"boundaries": tuple(ends), "tokenizer": tokenizer, "template": template}
+    usual = {"boundaries": preset.boundary.ends, "tokenizer": None, "template": None}
+    shown = config.changed(["preset"])
+    shown += [f"{key}={value!r}" for key, value in settings.items() if value != usual[key]]
     given = {"view": view, "embedder": embedder}
     shown += [f"{key}={_name_of(value)}" for key, value in given.items() if value is not None]
     return RemoteEngine(
@@ -226,6 +259,7 @@ def connect(
         name="+".join([where.name, *shown, *([] if judged_by is None else [judged_by])]),
         replicas=replicas,
         policy=policy,
+        preset=preset,
         closes=(replicas.close, *closes),
         rebuild=rebuild,
         judged_by=judged_by,
@@ -236,10 +270,9 @@ def connect(
 
 
 def _find_verifier(
-    verifier: Scorer | str | None, config: EngineConfig | None, reach: Reach
+    verifier: Scorer | str | None, config: EngineConfig, reach: Reach
 ) -> tuple[Scorer | None, str | None, tuple[Callable[[], None], ...]]:
     """The verifier, its name for caches, and what closes it."""
-    config = config or EngineConfig()
     if verifier is None:
         config.refuse_prm_settings("what each search brings")
         return None, None, ()

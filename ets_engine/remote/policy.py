@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
@@ -31,6 +31,9 @@ from ets_engine.remote.prompts import PromptWriter, RemotePrompt
 from ets_engine.remote.replicas import Replicas, digest
 from ets_engine.remote.server import ServerError
 from ets_engine.types import Step, StopReason
+
+if TYPE_CHECKING:
+    from ets_engine.models.presets import Preset  # which loads torch
 
 _LOGGER = logging.getLogger(__name__)
 _FAILURE_KEPT_S = 5.0
@@ -79,7 +82,7 @@ class RemotePolicy:
         model: Its name there.
         boundaries: Texts that end a step. A step's text ends there; its token ids, which are what its children are sent
             as, may reach beyond it, as the last token need not end where the server trims the text.
-        tokenizer, template: As in `PromptWriter`.
+        tokenizer, template, preset: As in `PromptWriter`; a preset decides nothing else here.
 
     Raises:
         ConfigError: No boundary, or an empty one.
@@ -93,6 +96,7 @@ class RemotePolicy:
         boundaries: Sequence[str] = ("\n\n",),
         tokenizer: str | None = None,
         template: str | None = None,
+        preset: Preset | None = None,
     ) -> None:
         """See the class."""
         if isinstance(boundaries, str) or not boundaries or not all(boundaries):
@@ -100,7 +104,9 @@ class RemotePolicy:
         self._replicas = replicas
         self._model = model
         self._boundaries = tuple(boundaries)
-        self._writer = PromptWriter(replicas, model, self.capabilities, tokenizer=tokenizer, template=template)
+        self._writer = PromptWriter(
+            replicas, model, self.capabilities, tokenizer=tokenizer, template=template, preset=preset
+        )
         self._lock = threading.Lock()
         self._known: Capabilities | None = None
         self._failure: ServerError | None = None  # of the last probe, until it is old
@@ -134,6 +140,10 @@ class RemotePolicy:
     def describe_prompts(self) -> str:
         """How prompts are written, as `PromptWriter.describe`."""
         return self._writer.describe()
+
+    def in_thought(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> bool:
+        """Whether solutions begin inside a thought, as `PromptWriter.in_thought`."""
+        return self._writer.in_thought(messages, tools)
 
     def measure_call(self) -> float:
         """Median of some calls for one token, one after another (seconds).

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ets_engine.errors import ConfigError, ModelLoadError
 from ets_engine.hosted import estimate_tokens
@@ -15,12 +15,15 @@ from ets_engine.remote.capabilities import Capabilities
 from ets_engine.remote.replicas import Replicas
 from ets_engine.remote.server import ServerError
 
+if TYPE_CHECKING:
+    from ets_engine.models.presets import Preset  # which loads torch
+
 RemotePrompt = str | tuple[int, ...]
 """What a server is sent: text, or token ids."""
 
 PLAIN = "{problem}\n"
 _PROBLEM = "{problem}"
-_THINK = "<think>"  # opens a thought; some templates do so themselves
+_THINK, _THOUGHT = "<think>", "</think>"  # around a thought, which some templates open themselves
 _KNOWN_PROMPTS = 512
 _TOKENIZE = "^/tokenize"
 
@@ -32,7 +35,7 @@ class PromptWriter:
     * the server's `/tokenize` (vLLM), which applies the chat template there, or takes the line where there is none;
     * a tokenizer of the model's own name that lies in the local cache; nothing is downloaded.
 
-    With `template` it is neither: the last user turn in a text of the caller's.
+    With `template`, or a preset whose prompt is a text, it is neither: the last user turn in that text.
 
     A conversation that ends with an assistant's text is gone on with, as in `PolicyFormat.prompt_ids`: that text
     follows what every reply follows, in ids of its own where ids are sent, with nothing of the end of a turn.
@@ -44,6 +47,8 @@ class PromptWriter:
         tokenizer: A tokenizer by folder or hub name, None = none was given.
         template: A text with `{problem}` for a model without a chat template, "plain" = the problem on a line of its
             own, None = see above.
+        preset: The prompt of the model's family where there is no `template`, its instruction for a conversation that
+            brings none, and the options of its chat template; None = nothing is known of it.
 
     Raises:
         ConfigError: `template` has no place for the problem.
@@ -57,8 +62,11 @@ class PromptWriter:
         *,
         tokenizer: str | None = None,
         template: str | None = None,
+        preset: Preset | None = None,
     ) -> None:
         """See the class."""
+        if template is None and preset is not None and preset.prompt != "chat":
+            template = "plain" if preset.prompt == "line" else preset.prompt
         template = PLAIN if template == "plain" else template
         if template is not None and _PROBLEM not in template:
             raise ConfigError(f"template={template!r} has no {_PROBLEM}; write it where the problem goes")
@@ -67,10 +75,14 @@ class PromptWriter:
         self._capabilities = capabilities
         self._tokenizer_name = tokenizer
         self._template = template
+        self._preset = preset
+        self._system = None if preset is None or template is not None else preset.system
+        self._options = {} if preset is None else dict(preset.template_options)
         self._lock = threading.Lock()
         self._tokenizer: Any = None
         self._by_server = False  # whether the server's tokenizer is asked
         self._is_ready = False
+        self._think_tags: tuple[tuple[int, ...], ...] = ()  # tokens that open a thought, as a prompt may end with them
         self._written: OrderedDict[str, RemotePrompt] = OrderedDict()
 
     def write(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> RemotePrompt:
@@ -109,7 +121,19 @@ class PromptWriter:
         else:
             how = "the chat template"
         by = "the server's tokenizer" if self._by_server else "a tokenizer here"
-        return how if self._tokenizer is None and not self._by_server else f"{how}, by {by}"
+        how = how if self._tokenizer is None and not self._by_server else f"{how}, by {by}"
+        return how if self._system is None else f"{how}, after the instruction {self._system.partition(chr(10))[0]!r}"
+
+    def in_thought(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> bool:
+        """Whether solutions begin inside a thought, which the prompt or the reply that is gone on with has opened.
+
+        Raises:
+            ConfigError: As `write`.
+            ServerError: As `write`.
+        """
+        asked, begun = split_reply(messages)
+        opened = (_THINK if self._opens_thought(self.write(asked, tools)) else "") + begun
+        return opened.rfind(_THINK) > opened.rfind(_THOUGHT)
 
     def encode(self, text: str) -> tuple[int, ...] | None:
         """Token ids of a step, without special tokens; None where nobody here knows the tokenizer.
@@ -153,8 +177,15 @@ class PromptWriter:
         if self._template is None and self._tokenizer is None and not self._by_server:
             raise ConfigError(
                 f"how {self._model!r} wants its prompts is not known here; pass tokenizer=folder or hub name, or, for "
-                "a model without a chat template, template='plain'"
+                "a model without a chat template, template='plain' or the preset 'plain'"
             )
+        if self._preset is not None and self._system is not None and self._template is not None:
+            raise ConfigError(
+                f"preset={self._preset.name!r} needs a chat template, and {self._model!r} has none; choose 'plain'"
+            )
+        if takes_ids:
+            tags = (self.encode(_THINK + space) for space in ("", "\n"))
+            self._think_tags = tuple(tag for tag in tags if tag)
         self._is_ready = True
 
     def _find_server_tokenizer(self) -> bool:
@@ -197,8 +228,7 @@ class PromptWriter:
         """Whether a prompt ends with the tag that opens a thought."""
         if isinstance(prompt, str):
             return prompt.rstrip().endswith(_THINK)
-        tags = (self.encode(_THINK + space) for space in ("", "\n"))
-        return any(tag and prompt[-len(tag) :] == tag for tag in tags)
+        return any(prompt[-len(tag) :] == tag for tag in self._think_tags)
 
     def _write_asked(self, messages: Sequence[Message], tools: Sequence[Message]) -> RemotePrompt:
         """The prompt up to the beginning of a reply."""
@@ -211,19 +241,22 @@ class PromptWriter:
             if takes_ids:
                 ids = tuple(self._tokenizer(text)["input_ids"]) if self._tokenizer else self._by_server_ids(text)
             return text if ids is None else ids
+        if self._preset is not None:
+            messages = self._preset.instruct(messages, has_tools=bool(tools))
         if self._by_server:
             ids = self._render(messages, tools)
             if ids is None:
                 raise ServerError(f"the server's /tokenize has no tokens for {self._model!r}")
             return ids
-        text = _apply(self._tokenizer, messages, tools)
+        text = _apply(self._tokenizer, messages, tools, self._options)
         return (self.encode(text) or text) if takes_ids else _without_bos(self._tokenizer, text)
 
     def _by_server_ids(self, text: str) -> tuple[int, ...] | None:
         return self._ask(prompt=text) if self._by_server else None
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Message]) -> tuple[int, ...] | None:
-        told = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        told: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        told |= {"chat_template_kwargs": self._options} if self._options else {}
         return self._ask(messages=[dict(message) for message in messages], add_generation_prompt=True, **told)
 
     def _ask(self, **fields: Any) -> tuple[int, ...] | None:
@@ -252,10 +285,12 @@ def _load_cached(name: str) -> Any:
         return None
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message]) -> str:
+def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], options: Mapping[str, Any]) -> str:
     turns, given = [dict(message) for message in messages], [dict(tool) for tool in tools]
     try:
-        return tokenizer.apply_chat_template(turns, tools=given or None, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            turns, tools=given or None, add_generation_prompt=True, tokenize=False, **options
+        )
     except Exception as error:  # templates raise whatever their author thought of
         raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
 

@@ -117,10 +117,14 @@ def open_checkpoint(name_or_path: str, settings: EngineConfig, *, is_verifier: b
             model type: PRMs bring code for their heads, which this package has.
 
     Raises:
-        ConfigError: An option is decided by a setting.
+        ConfigError: An option is decided by a setting, or the name is that of a file.
         ModelLoadError: Unknown path, an option that transformers does not take, or no tokenizer.
         UnsupportedModelError: An architecture that tree attention cannot honour.
     """
+    if Path(name_or_path).is_file():  # transformers takes a config.json and then misses a tokenizer
+        role = "verifier" if is_verifier else "model"
+        folder = str(Path(name_or_path).parent)
+        raise ConfigError(f"{role}={name_or_path!r} is a file; give the folder that holds it, {folder!r}")
     label = "verifier_load_options" if is_verifier else "load_options"
     options = copy.deepcopy(settings.verifier_load_options if is_verifier else settings.load_options)
     for option in options:

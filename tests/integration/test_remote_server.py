@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,7 @@ import pytest
 
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ModelLoadError
+from ets_engine.evaluation.session import Plan, compare
 from ets_engine.models import PrmScorer
 from ets_engine.reference import generate_problems, is_solved, policy_path
 from ets_engine.remote import Address, PoolingVerifier, RemoteEngine, Replicas, connect
@@ -83,6 +85,16 @@ def test_a_search_over_transformers_serve_solves_problems(served: str) -> None:
         first = [node for node in result.trace if node.depth == 1]
         assert len({node.text for node in first}) > 1, "it samples"
         assert all(node.text.endswith("\n") for node in first if node.stop is StopReason.BOUNDARY)
+
+
+def test_a_bench_over_transformers_serve_solves_problems(served: str, tmp_path: Path) -> None:
+    """What `ets bench --data countdown --model openai:... --preset reference --verifier reference` does."""
+    config = EngineConfig(preset="reference")
+    plan = Plan(
+        out=tmp_path, model=served, verifier="reference", engine=config, limit=2, strategies=["ets"], widths=[4]
+    )
+    summary = compare(replace(plan, concurrency=1, base=SearchConfig(max_tokens=160)))
+    assert any(row.solved.mean > 0 for row in summary.rows) and not any(row.failed for row in summary.rows)
 
 
 def test_a_tokenizer_that_is_not_there_is_one_line(served: str) -> None:

@@ -36,6 +36,7 @@ class Case:
         new: New tokens of each leaf, at most.
         kv_heads, group, dim, dtype: Of the attention.
         softcap, sinks, window: Of the attention.
+        scale: On the scores, None = the usual one.
         chunk: Shortest chunk, so that small cases are split as well.
         heights: Of the tiles.
     """
@@ -52,6 +53,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     window: int | None = None
+    scale: float | None = None
     chunk: int = 128
     heights: tuple[int, ...] = (16, 32)
 
@@ -74,6 +76,8 @@ SMALL = {
     "sinks-merged": Case(fanouts=(3,), kv_heads=2, group=3, sinks=True),
     "sinks-alone": Case(prompt=0, fanouts=(), stored=0, new=10, kv_heads=2, group=3, sinks=True, dtype=FP16),
     "window": Case(prompt=50, fanouts=(2, 2), window=20, group=2, chunk=16),
+    "scale-below-0": Case(new=3, scale=-0.5, softcap=2.0),
+    "scale-0": Case(prompt=150, new=70, scale=0.0, chunk=16, sinks=True),
     "window-ragged": Case(prompt=50, fanouts=(2, 2), new=9, window=7, dtype=BF16, softcap=20.0, sinks=True),
 }
 LARGE = {
@@ -136,7 +140,7 @@ def check(case: Case, device: torch.device, seed: int = 0) -> None:
     num_slots = tree.pool.layers[0].shape[0]
     layout = scatter(layout, num_slots, seed)
     generator = torch.Generator().manual_seed(seed)
-    heads, scale = case.kv_heads * case.group, case.dim**-0.5
+    heads, scale = case.kv_heads * case.group, case.dim**-0.5 if case.scale is None else case.scale
     query = 2 * torch.randn(sum(row.new for row in rows), heads, case.dim, generator=generator)
     cache = torch.randn(num_slots, 2, case.kv_heads, case.dim, generator=generator)
     sinks = torch.randn(heads, generator=generator).to(case.dtype) if case.sinks else None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ets_engine import ETSEngine, SearchConfig
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ETSError, PoolExhaustedError, UnsupportedModelError
 from ets_engine.runtime import Branch, Runner, SamplingParams, StepDecoder, StopRules
@@ -199,3 +200,17 @@ def test_a_full_pool_on_a_gpu_is_an_error_that_changes_nothing(cuda: torch.devic
     with pytest.raises(PoolExhaustedError):
         runner.extend_drawn([runner.tree.fork(root), runner.tree.fork(root)], torch.tensor([3, 4], device=cuda))
     runner.tree.check_integrity()
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_finds_what_it_finds_on_a_cpu(cuda: torch.device) -> None:
+    """The shipped models in fp32, four searches together; a draw in the last bits would make one another."""
+    problems = ["Use 1, 3, 7 and 17 to make 22.", "Use 2, 5, 9 and 11 to make 30.", "Use 4, 6, 10 and 19 to make 16."]
+    found = []
+    for device in ("cpu", "cuda"):
+        config = EngineConfig(device=device, dtype="float32", kv_pool_tokens=16_384)
+        with ETSEngine.from_pretrained("reference", config=config) as engine:
+            results = engine.search_many(problems, SearchConfig(width=8, seed=0))
+            assert engine.stats().kv_tokens == 0 or engine.stats().prefix_tokens == engine.stats().kv_tokens
+        found.append([(result.answer, result.generated_tokens) for result in results])
+    assert found[0] == found[1]

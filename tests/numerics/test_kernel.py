@@ -52,7 +52,7 @@ def test_importing_attention_loads_no_compiler() -> None:
 
 
 COMPILE = """
-import sys
+import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -84,6 +84,10 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
         options = {"num_warps": how.num_warps, "num_stages": how.num_stages}
         result = compiled(function, mine, numbers, options, capability)
         assert result.asm["cubin"] and result.metadata.shared <= shared_kb << 10, (function, dtype, result.metadata)
+        if function is kernel._attend and capability == 90:
+            loop = re.search(r"scf[.]for.*scf[.]yield", result.asm["ttgir"], re.DOTALL).group()
+            left = [int(groups) for groups in re.findall(r"ttg[.]async_wait.*?num = (\\d+)", loop)]
+            assert left and min(left) > 0, f"the loop waits for all that it has asked for: {left}"
     strides = {f"{name}_{kind}_stride": "i32" for name in ("key", "value") for kind in ("token", "head")}
     types = {name: "*" + dtype for name in ("cache", "keys", "values")} | {"slots": "*i32"} | strides
     assert compiled(kernel._store, types, numbers | {"BLOCK_K": 4}, {}, capability).asm["cubin"]

@@ -16,13 +16,15 @@ import ets_engine.remote
 from ets_engine import cli
 from ets_engine.catalog import KNOWN_MODELS
 from ets_engine.config import EngineConfig
-from ets_engine.evaluation import read_summary
+from ets_engine.evaluation import read_summary, session
+from ets_engine.evaluation.problems import EvalProblem
 from ets_engine.models.presets import PRESETS
 from ets_engine.reference import policy_path, prm_path
 from ets_engine.remote import ServerDescription
 from ets_engine.types import EngineDescription, SearchResult
 
 PROBLEM = "Use 1, 3, 7 and 17 to make 22."
+LINES = ["17-3=14 left 1 7 14\n", "14+7=21 left 1 21\n", "21+1=22\n"]  # which solve it
 
 
 def ets(*words: str) -> Result:
@@ -134,9 +136,6 @@ def test_paths_are_no_longer_than_the_context_of_their_model() -> None:
         pytest.param(["--verifier", policy_path()], 1, "cannot tell which PRM this is", id="policy as verifier"),
         pytest.param(["--model", "openai:http://me:hunter2@h#m"], 2, "keep secrets out of addresses", id="password"),
         pytest.param(
-            ["--model", "openai:http://h#m", "--preset", "chat"], 2, "--preset has no effect", id="its preset"
-        ),
-        pytest.param(
             ["--model", "openai:http://h#m", "--verifier-format", "trl"], 2, "no PRM is loaded here", id="its format"
         ),
         pytest.param(["--model", "openai:http://127.0.0.1:9/v1#m"], 1, "start the server, or correct", id="nobody"),
@@ -161,15 +160,17 @@ def test_what_is_wrong_is_one_line(options: list[str], code: int, said: str) -> 
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Writes the same two lines for every prompt, takes what vLLM takes, and has figures of its cache."""
+    """Writes the same three lines for every prompt, takes what vLLM takes, and has figures of its cache."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path != "/v1/completions":
             return self.reply(404, {})
-        lines = ["7-3=4 left 1 4 17\n", "Answer: 17+4+1\n"]
-        done = sum(line in body["prompt"] for line in lines)
-        choice = {"text": "".join(lines[done:]), "finish_reason": "stop", "stop_reason": None}
+        done = sum(line in body["prompt"] for line in LINES)
+        text = "".join(LINES[done:])
+        stop = min((one for one in body.get("stop", ()) if one in text), key=text.find, default=None)
+        text = text if stop is None else text[: text.find(stop) + len(stop)]
+        choice = {"text": text, "finish_reason": "stop", "stop_reason": stop}
         count = body.get("n", 1)
         choices = [{"index": index, **choice} for index in range(count)]
         return self.reply(200, {"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": 9 * count}})
@@ -219,8 +220,39 @@ def test_an_address_reaches_its_server(address: str, asked: list[tuple[Any, ...]
     done = ets("solve", PROBLEM, "--model", address, "--verifier", "reference", "--width", "2", "--json")
     assert done.stderr == "" and asked == [(address, "reference", EngineConfig())]
     result = SearchResult.model_validate_json(done.stdout)
-    assert (result.text, result.num_errors) == ("7-3=4 left 1 4 17\nAnswer: 17+4+1\n", 0)
+    assert (result.text, len(result.steps), result.num_errors) == ("".join(LINES), 1, 0)
     assert 0 < result.score < 1, "the shipped PRM judged it"
+
+
+@pytest.mark.parametrize("served", ["m", "reference"])
+def test_a_preset_says_how_a_served_model_is_asked_and_read(address: str, served: str) -> None:
+    how = ("--verifier", "reference", *(("--preset", "reference") if served == "m" else ()))
+    address = address.replace("#m", f"#{served}")
+    result = SearchResult.model_validate_json(ets("solve", PROBLEM, "--model", address, *how, "--json").stdout)
+    assert [step.text for step in result.steps if step.text] == LINES
+    assert result.answer is not None and eval(result.answer) == 22
+    done = ets("check", "--model", address, *how)
+    assert (done.exit_code, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    assert "policy: format reference policy: prompts the problem on a line of its own" in text
+    assert "steps end with '\\n'" in text and f"Trial search: answer {result.answer}" in text
+
+
+@pytest.mark.parametrize("preset", ["reference", "plain"])
+def test_a_bench_reads_solutions_of_the_families_as_their_checkers_do(
+    address: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the engine would read: there is no answer of mathematics in them."""
+    asked = [EvalProblem(id="0", problem=PROBLEM, answer="17-3+7+1", family="countdown")]
+    monkeypatch.setattr(session, "load_problems", lambda *data, **how: asked)
+    options = ("--verifier", "reference", "--strategies", "ets", "--widths", "2", "--concurrency", "1")
+    done = ets("bench", "--out", str(tmp_path), "--model", address, "--preset", preset, *options)
+    assert done.exit_code == 0, done.stderr
+    summary = read_summary(tmp_path / "summary.json")
+    assert [row.solved.mean for row in summary.rows] == [100.0] * len(summary.rows)
+    assert summary.settings[-1].search["preset"] == preset
+    done = ets("bench", "--out", str(tmp_path), "--model", address, "--preset", "chat", *options)
+    assert_fails(done, 2, f"preset='chat' instead of '{preset}'")
 
 
 def test_check_says_what_is_known_of_a_server(address: str, asked: list[tuple[Any, ...]]) -> None:
@@ -231,7 +263,7 @@ def test_check_says_what_is_known_of_a_server(address: str, asked: list[tuple[An
     url = address.removeprefix("openai:").partition("#")[0]
     for fact in (
         f"policy: model m at {url} policy: context 640 tokens",
-        "policy: prompts the problem on a line of its own policy: steps end with '\\n\\n'",
+        "policy: format chat policy: prompts the problem on a line of its own policy: steps end with '\\n\\n'",
         "server: token ids as prompts: no, with choices: no server: n choices yes server: seed yes",
         "server: metrics prefix-cache figures server: one call",
         "verifier reference",

@@ -80,6 +80,16 @@ def test_the_fields_of_known_files_are_understood(tmp_path: Path) -> None:
     assert (second.id, second.answer, second.level) == ("3", "\\frac12", "3")
 
 
+def test_a_file_of_a_reference_family_is_graded_by_its_checker(tmp_path: Path) -> None:
+    row = {"problem": "Use 2, 3, 9 and 9 to make 81.", "answer": "(3-2)*9*9", "family": "countdown", "level": 4}
+    (one,) = load_problems(write(tmp_path / "f.jsonl", row))
+    assert one.family == "countdown"
+    assert grade(one, "(3-2)*9*9").lenient and not grade(one, "((3/3)*9)*9").lenient, "the same value, another number"
+    (other,) = load_problems(write(tmp_path / "g.jsonl", row | {"problem": "1+1?", "answer": "2"}))
+    assert other.family == "" and grade(other, "2").solved
+
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

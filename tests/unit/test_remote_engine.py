@@ -20,8 +20,10 @@ from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, EngineError, ETSError
 from ets_engine.hosted import ProposalRequest
 from ets_engine.lexical import HashEmbedder
+from ets_engine.models.presets import BOXED, STEP_MARK, Preset, StepBoundary
 from ets_engine.protocols import SearchService
 from ets_engine.remote import RemoteEngine, RemotePolicy, Replicas, Server, ServerError, connect, policy, prompts
+from ets_engine.remote.presets import end_texts
 from ets_engine.testing import hash_score
 from ets_engine.types import Step, StopReason
 
@@ -47,10 +49,12 @@ class FakeServer:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.model = "m"
         self.has_chat_template = True
         self.reply_opening = "<assistant>\n"  # what the chat template puts before a reply
         self.step_opening = ""  # what the model writes before its first line
         self.asked: list[dict[str, Any]] = []  # of completions, what each request held
+        self.tokenized: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.fault: Callable[[httpx.Request, dict[str, Any]], httpx.Response | None] = lambda request, body: None
 
@@ -62,19 +66,20 @@ class FakeServer:
             return fault
         if path == "/v1/models" and self.kind != "openai":
             more = {"max_model_len": CONTEXT} if self.kind == "vllm" else {}
-            return httpx.Response(200, json={"data": [{"id": "m", **more}]})
+            return httpx.Response(200, json={"data": [{"id": self.model, **more}]})
         if path == "/tokenize" and self.kind in ("vllm", "sglang"):
             return self.tokenize(body)
         if path == "/metrics" and self.kind == "sglang":
             return httpx.Response(200, text="sglang:cache_hit_rate 0.75")
         if path != "/v1/completions":
             return httpx.Response(404, json={"detail": "Not Found"})
-        if body["model"] != "m":
+        if body["model"] != self.model:
             return httpx.Response(404, json={"error": {"message": f"no model {body['model']!r}"}})
         self.asked.append(body)
         return self.complete(body)
 
     def tokenize(self, body: dict[str, Any]) -> httpx.Response:
+        self.tokenized.append(body)
         text = body.get("prompt")
         if text is None and self.kind == "sglang":
             return httpx.Response(422, json={"detail": "prompt is missing"})
@@ -277,6 +282,156 @@ def test_a_step_whose_second_half_fails_fails_alone(made: MadeEngine) -> None:
     with pytest.raises(EngineError, match="answered 400: no"):
         made(server).search(PROBLEM, small())
     assert sum("top_p" in body for body in server.asked) == 1, "siblings with the same blank are gone on with together"
+
+
+# ---------------------------------------------------------------------- presets
+
+COUNTDOWN = "Use 1, 3, 7 and 17 to make 22."
+QWEN = "Qwen/Qwen2.5-Math-7B-Instruct"
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Options of `made` that leave the rest to a preset."""
+    return {"config": EngineConfig(preset=name), "boundaries": None}
+
+
+def sent(server: FakeServer) -> str:
+    """The prompt of the last completion."""
+    prompt = server.asked[-1]["prompt"]
+    return prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_preset_decides_prompt_and_steps_and_their_longest(made: MadeEngine, kind: str) -> None:
+    server = FakeServer(kind)
+    result = made(server, **preset("reference")).search(COUNTDOWN, small())
+    assert sent(server).startswith(f"{COUNTDOWN}\nline 0 ") and len(result.steps) == 3 and result.trace is not None
+    assert all(node.text.endswith("\n") for node in result.trace[1:] if node.stop is StopReason.BOUNDARY)
+    limits = json.loads(server.asked[-1].get("generation_config", "{}")) | server.asked[-1]
+    assert limits["max_tokens"] == 48 and server.asked[-1].get("stop", ["\n"]) == ["\n"]
+    assert result.answer is None, "the lines are none of a countdown, whatever numbers they end with"
+    assert made(server, **preset("plain")).search(COUNTDOWN, small()).answer is not None
+
+
+def test_a_served_model_is_known_by_its_name(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    server.model = QWEN
+    engine = made(server, address=f"openai:http://a#{QWEN}", boundaries=None)
+    engine.search(PROBLEM, small())
+    assert sent(server).startswith(f"<system>{BOXED}<user>{PROBLEM}<assistant>")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBLEM}]
+    engine.search(asked, small())
+    assert sent(server).startswith(f"<system>Be brief.<user>{PROBLEM}<assistant>"), "the conversation's own goes before"
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    engine.search(PROBLEM, small(), tools=[tool])
+    assert sent(server).startswith(f"<user>{PROBLEM}<assistant>")
+    found = engine.describe()
+    assert (found.preset, found.boundaries) == ("qwen_math", ("\n\n",))
+    assert found.prompts == f"the chat template, by the server's tokenizer, after the instruction {BOXED!r}"
+
+
+def test_a_model_that_no_preset_is_for_is_asked_without_instructions(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    engine = made(server, boundaries=None)
+    engine.search(PROBLEM, small())
+    assert sent(server).startswith(f"<user>{PROBLEM}<assistant>") and server.asked[-1]["stop"] == ["\n\n"]
+    assert engine.describe().preset == "chat"
+
+
+def test_texts_that_finish_a_solution_go_before_the_searchs_own(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    made(server, **preset("qwen_math_base")).search(PROBLEM, small(stop=("END",)))
+    assert server.asked[-1]["stop"] == ["\n\n", "\n\nQuestion:", "END"]
+    assert sent(server).startswith(f"Question: {PROBLEM}\nAnswer:")
+
+
+@pytest.mark.parametrize(("name", "thinks"), [("qwen3", True), ("qwen3_direct", False)])
+def test_the_server_is_told_the_options_of_its_chat_template(made: MadeEngine, name: str, thinks: bool) -> None:
+    server = FakeServer("vllm")
+    made(server, **preset(name)).search(PROBLEM, small())
+    told = [body["chat_template_kwargs"] for body in server.tokenized if "messages" in body]
+    assert told and all(one == {"enable_thinking": thinks} for one in told)
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1", "auto"])
+@pytest.mark.parametrize(
+    ("opening", "begun", "answers"), [("<think>\n", "", False), ("", "", True), ("", "<think>So", False)]
+)
+def test_answers_of_a_model_come_after_the_thought_that_its_prompt_opened(
+    made: MadeEngine, name: str, opening: str, begun: str, answers: bool
+) -> None:
+    server = FakeServer("vllm")
+    server.reply_opening = f"<assistant>\n{opening}"
+    asked = [{"role": "user", "content": PROBLEM}, *([{"role": "assistant", "content": begun}] if begun else [])]
+    engine = made(server, **preset(name))
+    assert (engine.search(asked, small()).answer is not None) == answers
+    if name == "deepseek_r1" and not begun:
+        assert sent(server).startswith(f"<user>{BOXED}\n\n{PROBLEM}<assistant>\n{opening}")
+    given = made(server, **preset(name), view=MathView())
+    assert given.search(asked, small()).answer is not None, "a view of the caller's goes before"
+    assert engine.search(asked, small(), view=MathView()).answer is not None
+
+
+def test_the_engines_own_verifier_reads_no_marks(made: MadeEngine) -> None:
+    server, read = FakeServer("vllm"), list[str]()
+
+    def reading(problem: str, steps: Sequence[str]) -> float:
+        read.extend(steps)
+        return judge(problem, steps)
+
+    server.step_opening = STEP_MARK
+    engine = made(server, reading, config=EngineConfig(preset="math_shepherd"))
+    result = engine.search(PROBLEM, small())
+    assert STEP_MARK in result.steps[0].text and read and not any(STEP_MARK in step for step in read)
+
+
+def test_a_preset_without_a_chat_template_reads_the_last_question_as_the_problem(made: MadeEngine) -> None:
+    seen: set[str] = set()
+
+    def reading(problem: str, steps: Sequence[str]) -> float:
+        seen.add(problem)
+        return judge(problem, steps)
+
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}]
+    made(FakeServer("vllm"), reading, **preset("plain")).search([*turns, {"role": "user", "content": PROBLEM}], small())
+    assert seen == {PROBLEM}
+
+
+def test_a_prompt_of_the_callers_goes_before_the_presets(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    made(server, **preset("qwen_math"), template="Q: {problem}\n").search(PROBLEM, small())
+    assert sent(server).startswith(f"Q: {PROBLEM}\n")
+
+
+def test_an_instruction_that_nothing_can_give_is_refused(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    server.has_chat_template = False
+    engine = made(server, **preset("qwen_math"))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"^preset='qwen_math' needs a chat template, and 'm' has none; choose"):
+            engine.search(PROBLEM, small())
+
+
+def test_steps_that_no_text_ends_are_refused_unless_the_caller_names_some(made: MadeEngine) -> None:
+    server = FakeServer("vllm")
+    with pytest.raises(
+        ConfigError, match=r"^preset='llama3': .* begin with '\\n## Step', .*connect\(boundaries=\[\.\.\.\]\)$"
+    ):
+        made(server, **preset("llama3"))
+    found = made(server, config=EngineConfig(preset="llama3"), boundaries=["\n"]).describe()
+    assert found.boundaries == ("\n",) and "after the instruction 'Solve the following math" in found.prompts
+    with pytest.raises(ConfigError, match="preset='qwen' is unknown"):
+        made(server, **preset("qwen"))
+
+
+@pytest.mark.parametrize(
+    "boundary",
+    [StepBoundary(tokens=64), StepBoundary(ends=(".",), is_over=str.isspace), StepBoundary()],
+    ids=["tokens", "a function", "none"],
+)
+def test_only_texts_end_a_step_there(boundary: StepBoundary) -> None:
+    with pytest.raises(ConfigError, match=r"^preset='mine': its steps .*a server only stops at texts"):
+        end_texts(Preset("mine", "for tests", boundary=boundary))
 
 
 # ---------------------------------------------------------------------- prompts
@@ -554,7 +709,7 @@ def test_a_name_says_what_decides_the_scores_of_a_prm_that_runs_here(made: MadeE
     def named(**settings: Any) -> str:
         return made(FakeServer("vllm"), "prm", config=EngineConfig(**settings), boundaries=["\n\n"]).name
 
-    assert named() == named(preset="plain", page_tokens=8) == "openai:http://a/v1#m+prm"
+    assert named() == named(page_tokens=8) == "openai:http://a/v1#m+prm"
     options = {"token": KEY, "revision": "x", "attention": {"b": 1, "a": 2}}
     assert named(verifier_format="trl", dtype="float64", step_separator="\n", verifier_load_options=options) == (
         "openai:http://a/v1#m+prm+dtype='float64'+step_separator='\\n'+verifier_format='trl'"

@@ -46,15 +46,34 @@ def test_a_served_verifier_is_no_model_to_load(verifier: str) -> None:
     ("options", "said"),
     [
         ([], "a PRM's name, judge:openai:URL#model or pooling:openai:URL#model"),
-        (["--verifier", "a/prm", "--preset", "llama3"], "--preset has no effect on a server's model"),
         (["--verifier", f"judge:{ADDRESS}", "--verifier-format", "trl"], "--verifier-format has no effect"),
     ],
-    ids=["no verifier", "preset", "format"],
+    ids=["no verifier", "format"],
 )
 def test_solve_says_what_is_no_use(options: list[str], said: str) -> None:
     done = CliRunner().invoke(cli.app, ["solve", "1+1?", "--model", ADDRESS.replace("//", "//me:secret@"), *options])
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert said in done.stderr and "logprob" not in done.stderr and "secret" not in done.stderr
+
+
+NO_ENDS = "name such texts: ets_engine.remote.connect(boundaries=[...])"
+
+
+@pytest.mark.parametrize(
+    ("words", "preset", "said"),
+    [
+        pytest.param(["solve", "1+1?"], "llama3", NO_ENDS, id="solve, no ends"),
+        pytest.param(["check"], "llama3", NO_ENDS, id="check, no ends"),
+        pytest.param(["bench", "--out"], "llama3", NO_ENDS, id="bench, no ends"),
+        pytest.param(["bench", "--out"], "llama", "preset='llama' is unknown", id="bench, unknown"),
+        pytest.param(["solve", "1+1?"], "reference", "the shipped reference models only know", id="solve, no family"),
+    ],
+)
+def test_a_preset_that_does_not_fit_is_one_line(words: list[str], preset: str, said: str, tmp_path: Path) -> None:
+    words = [*words, str(tmp_path)] if words[-1] == "--out" else words
+    options = ["--model", ADDRESS, "--verifier", f"judge:{ADDRESS}", "--preset", preset]
+    done = CliRunner().invoke(cli.app, [*words, *options])
+    assert done.exit_code in (1, 2) and done.stderr.count("\n") == 1 and said in done.stderr
 
 
 def test_a_bench_of_a_served_model_needs_a_verifier(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ets_engine import registry, services
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, ModelLoadError
 from ets_engine.hosted import HostedEngine
+from ets_engine.models import PrmScorer
 from ets_engine.protocols import SearchService
 from ets_engine.registry import register_service, registered_service
 from ets_engine.remote import RemoteEngine
@@ -89,6 +90,17 @@ def test_a_file_in_the_place_of_its_folder_is_refused(tmp_path: Path, find: Any)
             find(*names)
     with pytest.raises(ModelLoadError):
         find(str(tmp_path), "logprob")
+
+
+@pytest.mark.parametrize("role", ["model", "verifier"])
+def test_so_is_it_by_what_loads_models(tmp_path: Path, role: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=f"^{role}='{file}' is a file; give the folder that holds it, '{tmp_path}'$"):
+        if role == "model":
+            ETSEngine.from_pretrained(str(file), "logprob")
+        else:
+            PrmScorer.from_pretrained(str(file))
 
 
 def test_an_engine_of_ones_own_is_nobody_elses() -> None:
@@ -228,6 +240,17 @@ def test_a_name_says_what_decides_answers_and_nothing_else(setting: str) -> None
     usual, changed = _name("m", "v", EngineConfig()), _name("m", "v", EngineConfig(**{setting: value}))
     assert usual == "m+v"
     assert changed == (f"m+v+{setting}={value!r}" if decides else usual)
+
+
+@pytest.mark.parametrize("setting", sorted(EngineConfig.model_fields))
+def test_so_does_the_name_of_one_over_a_server(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy is loaded there, so that only its preset is chosen here; the PRM runs here."""
+    monkeypatch.setattr(PrmScorer, "from_pretrained", lambda verifier, config: lambda problem, steps: 0.5)
+    value, _ = CHANGES[setting]
+    decides = {"preset", "dtype", "verifier_format", "step_separator", "verifier_load_options"}
+    with open_engine(ADDRESS, "v", EngineConfig(**{setting: value})) as engine:
+        assert (engine.name == "openai:http://127.0.0.1:9/v1#m+v") == (setting not in decides)
+        assert setting not in decides or f"+{setting}={value!r}" in engine.name
 
 
 def test_equal_settings_have_equal_names_and_others_have_not() -> None:
