@@ -255,10 +255,7 @@ def _attend(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if softcap is None:
-        factor = scale * LOG2E
-    else:
-        factor = LOG2E
+    factor = scale * LOG2E if softcap is None else LOG2E
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         exists = column < end

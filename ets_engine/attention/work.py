@@ -263,9 +263,7 @@ def _seen_of_tails(layout: AttentionLayout, length: int) -> tuple[IntArray, IntA
     return first, stop, owner
 
 
-def _cut(
-    pieces: _Pieces, seen: _Seen, queries_of_tile: int, at_once: int, min_chunk: int
-) -> tuple[IntArray, IntArray]:
+def _cut(pieces: _Pieces, seen: _Seen, queries_of_tile: int, at_once: int, min_chunk: int) -> tuple[IntArray, IntArray]:
     """Tiles [N, 4] of some pieces and their entries [E, 4], targets still 0."""
     blocks_of = -(-pieces.queries // queries_of_tile)
     piece = np.repeat(np.arange(len(blocks_of), dtype=np.int32), blocks_of)  # of each block

@@ -273,10 +273,10 @@ def test_a_device_out_of_memory_is_a_full_pool(engine: ETSEngine, monkeypatch: p
     alone = [Essence(engine.search(*job)) for job in jobs]
     forward, before = Runner._forward, engine.stats().preemptions
 
-    def large_ones_fail(self: Runner, rows: Any, stored: Any, chunks: Any) -> Any:
+    def large_ones_fail(self: Runner, rows: Any, stored: Any, chunks: Any, drawn: Any) -> Any:
         if len(chunks) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, rows, stored, chunks)
+        return forward(self, rows, stored, chunks, drawn)
 
     monkeypatch.setattr(Runner, "_forward", large_ones_fail)
     futures = [engine.submit(*job) for job in jobs]

@@ -252,7 +252,7 @@ def test_a_bench_reads_solutions_of_the_families_as_their_checkers_do(
     assert [row.solved.mean for row in summary.rows] == [100.0] * len(summary.rows)
     assert summary.settings[-1].search["preset"] == preset
     done = ets("bench", "--out", str(tmp_path), "--model", address, "--preset", "chat", *options)
-    assert_fails(done, 2, f"preset='chat' instead of '{preset}'")
+    assert_fails(done, 2, f"preset='{preset}' instead of 'chat'")
 
 
 def test_check_says_what_is_known_of_a_server(address: str, asked: list[tuple[Any, ...]]) -> None:
