@@ -76,7 +76,8 @@ SMALL = {
     "sinks-merged": Case(fanouts=(3,), kv_heads=2, group=3, sinks=True),
     "sinks-alone": Case(prompt=0, fanouts=(), stored=0, new=10, kv_heads=2, group=3, sinks=True, dtype=FP16),
     "window": Case(prompt=50, fanouts=(2, 2), window=20, group=2, chunk=16),
-    "scale-below-0": Case(new=3, scale=-0.5, softcap=2.0),
+    "window-in-a-prompt": Case(prompt=200, fanouts=(4,), stored=9, window=150, group=2),
+    "scale-below-0": Case(new=3, scale=-0.5),
     "scale-0": Case(prompt=150, new=70, scale=0.0, chunk=16, sinks=True),
     "window-ragged": Case(prompt=50, fanouts=(2, 2), new=9, window=7, dtype=BF16, softcap=20.0, sinks=True),
 }
