@@ -397,9 +397,10 @@ def test_a_preset_without_a_chat_template_reads_the_last_question_as_the_problem
     assert seen == {PROBLEM}
 
 
-def test_a_prompt_of_the_callers_goes_before_the_presets(made: MadeEngine) -> None:
+@pytest.mark.parametrize("name", ["qwen_math", "qwen_math_base"])
+def test_a_prompt_of_the_callers_goes_before_the_presets(made: MadeEngine, name: str) -> None:
     server = FakeServer("vllm")
-    made(server, **preset("qwen_math"), template="Q: {problem}\n").search(PROBLEM, small())
+    made(server, **preset(name), template="Q: {problem}\n").search(PROBLEM, small())
     assert sent(server).startswith(f"Q: {PROBLEM}\n")
 
 
