@@ -48,7 +48,7 @@ def panels_of(summaries: list[Summary], label: str, cost: Cost) -> list[Panel]:
             if row.name not in rows or row.problems > rows[row.name].problems:
                 rows[row.name] = row
     return [
-        panel_of(rows.values(), cost, label, f"{family}, {_counts(rows.values())}") for family, rows in families.items()
+        panel_of(rows.values(), cost, label, f"{family}: {_counts(rows.values())}") for family, rows in families.items()
     ]
 
 
@@ -62,7 +62,7 @@ def _counts(rows: Iterable[Row]) -> str:
     if len(counts) == 1:
         return f"{counts[0]} problems"
     by_count = [f"{count} at width {' and '.join(sorted(widths[count], key=int))}" for count in counts if widths[count]]
-    return f"problems: {', '.join(by_count)}"
+    return ", ".join(by_count)
 
 
 if __name__ == "__main__":

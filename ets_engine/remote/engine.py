@@ -27,7 +27,7 @@ from ets_engine.search import SearchTree
 from ets_engine.types import KVStats
 
 if TYPE_CHECKING:
-    from ets_engine.models.presets import Preset  # which loads torch
+    from ets_engine.models.presets import Preset
 
 Rebuild = tuple[Callable[..., Any], tuple[Any, ...]]
 Reach = Callable[[Address], Replicas]
@@ -228,7 +228,7 @@ def connect(
         ...     engine.name
         'openai:http://localhost:8000/v1#Qwen/Qwen2.5-Math-7B-Instruct'
     """
-    from ets_engine.models.presets import find_preset  # it loads torch
+    from ets_engine.models.presets import find_preset
 
     where, config = Address.parse(address), config or EngineConfig()
     preset = find_preset(config.preset, where.model, None)

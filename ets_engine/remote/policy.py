@@ -33,7 +33,7 @@ from ets_engine.remote.server import ServerError
 from ets_engine.types import Step, StopReason
 
 if TYPE_CHECKING:
-    from ets_engine.models.presets import Preset  # which loads torch
+    from ets_engine.models.presets import Preset
 
 _LOGGER = logging.getLogger(__name__)
 _FAILURE_KEPT_S = 5.0

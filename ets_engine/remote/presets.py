@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ets_engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ets_engine.models.presets import Preset  # which loads torch
+    from ets_engine.models.presets import Preset
     from ets_engine.protocols import StepView
 
 

@@ -16,7 +16,7 @@ from ets_engine.remote.replicas import Replicas
 from ets_engine.remote.server import ServerError
 
 if TYPE_CHECKING:
-    from ets_engine.models.presets import Preset  # which loads torch
+    from ets_engine.models.presets import Preset
 
 RemotePrompt = str | tuple[int, ...]
 """What a server is sent: text, or token ids."""

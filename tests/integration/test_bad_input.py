@@ -114,7 +114,7 @@ def load(model: str, verifier: str | None = "logprob", **settings: Any) -> ETSEn
 WRONG_MODELS = [
     ("no such folder", ModelLoadError, "no model at", "give a folder with config.json"),
     ("no such hub name", ModelLoadError, "no model at", "a hub name that is cached here or reachable"),
-    ("weights alone", ModelLoadError, "no model at", "give a folder with config.json"),
+    ("weights alone", ConfigError, "is a file", "give the folder that holds it"),
     ("empty", ModelLoadError, "no model at", "give a folder with config.json"),
     ("no config", ModelLoadError, "no model at", "give a folder with config.json"),
     ("broken config", ModelLoadError, "is not a valid JSON file", "give a folder with config.json"),

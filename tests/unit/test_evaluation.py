@@ -89,7 +89,6 @@ def test_a_file_of_a_reference_family_is_graded_by_its_checker(tmp_path: Path) -
     assert other.family == "" and grade(other, "2").solved
 
 
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
