@@ -9,11 +9,12 @@ as many as the longest step has).
     python cookbook/bench_search.py --shape toy                        # seconds; writes no row
     python cookbook/bench_search.py --shape reference                  # the shape of the shipped policy; minutes
     python cookbook/bench_search.py --shape llama-3.2-1b --widths 16 --rounds 2 --sides ours --steps 0
-    python cookbook/bench_search.py --shape llama-3.1-8b --device cuda
+    python cookbook/bench_search.py --shape llama-3.1-8b --device cuda --compile --peer-rounds 2
     python cookbook/bench_search.py --shape qwen2.5-7b --device cuda --trees FILE.json --trace FOLDER
     python cookbook/bench_search.py --roofline                         # the table of roofline.md; no model is run
 
-Without `--trees` and `--trace` the trees are grown by REBASE and ETS (`replay.grow`). Prints a table, then one JSON
+Where passes are CUDA graphs, ours plays every tree once before the clock runs, which captures them; the row says how
+long that took. Without `--trees` and `--trace` the trees are grown by REBASE and ETS (`replay.grow`). Prints a table, then one JSON
 line, and appends that line to `results/bench_search.jsonl`. "/ floor" is the time of all decode steps over the sum of
 their floors: the larger of memory (weights and every distinct KV token read once, at the speed of a large copy) and
 matmul (2 x weights x rows, at the speed of a large product). What the copy and the product measure is part of the row;
