@@ -14,11 +14,12 @@ as many as the longest step has).
     python cookbook/bench_search.py --roofline                         # the table of roofline.md; no model is run
 
 Where passes are CUDA graphs, ours plays every tree once before the clock runs, which captures them; the row says how
-long that took. Without `--trees` and `--trace` the trees are grown by REBASE and ETS (`replay.grow`). Prints a table, then one JSON
-line, and appends that line to `results/bench_search.jsonl`. "/ floor" is the time of all decode steps over the sum of
-their floors: the larger of memory (weights and every distinct KV token read once, at the speed of a large copy) and
-matmul (2 x weights x rows, at the speed of a large product). What the copy and the product measure is part of the row;
-on a busy machine both are low, and the ratio flatters. CPU seconds stand beside the wall times in the row.
+long that took. Without `--trees` and `--trace` the trees are grown by REBASE and ETS (`replay.grow`). Prints a table,
+then one JSON line, and appends that line to `results/bench_search.jsonl`. "/ floor" is the time of all decode steps
+over the sum of their floors: the larger of memory (weights and every distinct KV token read once, at the speed of a
+large copy) and matmul (2 x weights x rows, at the speed of a large product). What the copy and the product measure is
+part of the row; on a busy machine both are low, and the ratio flatters. CPU seconds stand beside the wall times in the
+row.
 """
 
 from __future__ import annotations
