@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -59,6 +60,15 @@ def test_the_serving_bench_prints_its_ratios(
     arguments = ("--searches", "3", "--widths", "4", "--peer-searches", "1", "--repeats", "1")
     printed = run_recipe("bench_serving.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert re.search(r"width 4: [0-9.]+ x the searches per second of generate; 3 together [0-9.]+ x one", printed)
+
+
+def test_the_bookkeeping_bench_tells_passes_from_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--width", "4", "--hidden", "64", "--dtype", "float32")
+    printed = run_recipe("bench_bookkeeping.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    row = json.loads(printed.splitlines()[-1])
+    assert 0 < row["model_s"] < row["wall_s"] and 0 < row["outside_models"] < 1
 
 
 def test_readme_of_the_cookbook_names_every_script() -> None:
