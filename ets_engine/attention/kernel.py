@@ -8,8 +8,9 @@ Sums are fp32, products of fp32 are too (three TF32 products each). No atomics: 
 A block of K/V is known only by its slots, which are loaded first. Triton spreads its pipeline's stages over both loads,
 so two more stages put one more block in flight: of three stages, none is left to hide the memory's latency behind.
 
-Where it stands: the logic runs in Triton's interpreter, and its variants compile for NVIDIA GPUs of compute capability
-8.0 to 9.0; block sizes and pipeline depths are chosen from their registers and shared memory, not from timings.
+Where it stands: an H100 ran it before its pipeline was deepened; as it is now it runs in Triton's interpreter, and its
+variants compile for NVIDIA GPUs of compute capability 8.0 to 9.0. Block sizes and pipeline depths are chosen from
+registers and shared memory, not from timings.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ets_engine.kv.layout import LayoutBuilder
-from ets_engine.kv.prefix_tree import PrefixTree
 
 IntArray = NDArray[np.int64]
 
@@ -116,12 +115,10 @@ class _Batch:
 
 @dataclass(slots=True, eq=False)
 class DecodeLayoutBuilder:
-    """Builds layouts of decode passes over one tree; remembers the last one.
+    """Builds layouts of decode passes; remembers the last one.
 
     Attributes:
-        tree: The KV tree.
-        layouts: Plans for rows that were not there before.
-        windows: Sliding windows of the model's layers (tokens).
+        layouts: Plans for rows that were not there before; its tree and its windows are the ones here too.
 
     Example:
         >>> from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree
@@ -129,16 +126,14 @@ class DecodeLayoutBuilder:
         >>> prompt = tree.root()
         >>> slots = tree.append(prompt, 4)
         >>> leaves = [tree.fork(prompt), tree.fork(prompt)]
-        >>> builder = DecodeLayoutBuilder(tree, LayoutBuilder(tree, min_saved_tokens=1))
+        >>> builder = DecodeLayoutBuilder(LayoutBuilder(tree, min_saved_tokens=1))
         >>> slots = [tree.append(leaf, 1) for leaf in leaves]
         >>> layout = builder.build(leaves)
         >>> layout.positions.tolist(), layout.pieces.slots.tolist(), layout.pieces.stop.tolist()
         ([4, 4], [0, 1, 2, 3, 4, 8], [4, 4, 5, 6])
     """
 
-    tree: PrefixTree
     layouts: LayoutBuilder
-    windows: Sequence[int] = ()
     _batch: _Batch | None = None
     _mark: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -148,12 +143,12 @@ class DecodeLayoutBuilder:
         Args:
             handles: Distinct held leaves.
         """
-        asked, tree = np.array(handles, dtype=np.int64), self.tree
+        asked, tree = np.array(handles, dtype=np.int64), self.layouts.tree
         stored = np.array([tree.num_tokens(handle) for handle in handles], dtype=np.int64) - 1
         batch, self._batch = self._batch, None  # whatever fails below, a half-grown batch is not used
         rows = None if batch is None else _places(batch, asked, stored)
         if batch is None or rows is None:
-            batch = self._plan(handles, stored)
+            batch = self._plan(asked, stored)
         else:
             if len(rows) < len(batch.handles):
                 batch.keep(rows)
@@ -161,11 +156,11 @@ class DecodeLayoutBuilder:
         self._batch = batch
         return self._layout(batch)
 
-    def _plan(self, handles: Sequence[int], stored: IntArray) -> _Batch:
-        plan = self.layouts.plan(handles)
+    def _plan(self, handles: IntArray, stored: IntArray) -> _Batch:
+        plan = self.layouts.plan(handles.tolist())
         nothing = np.zeros(0, dtype=np.int64)
         return _Batch(
-            handles=np.array(handles, dtype=np.int64),
+            handles=handles,
             stored=stored,
             positions=plan.positions,
             run_slots=np.concatenate([nothing, *(run.slots for run in plan.runs)]),
@@ -192,7 +187,7 @@ class DecodeLayoutBuilder:
         whole = Pieces(slots, np.concatenate([readers, np.ones(num_rows, dtype=np.int64)]), query, first, stop)
         distinct: dict[int | None, int] = {None: self._count_distinct(slots)}
         windowed: dict[int, Pieces | None] = {}
-        for window in self.windows:
+        for window in self.layouts.windows:
             windowed[window] = None
             distinct[window] = distinct[None]
             oldest = batch.positions - window + 1  # [B], path position of the first token seen

@@ -149,7 +149,7 @@ class LayoutBuilder:
         min_saved_tokens: int | None = None,
         windows: Iterable[int] = (),
     ) -> None:
-        self._tree = tree
+        self.tree = tree
         self._device = torch.device(device)
         self._bias_dtype = bias_dtype
         token_numbers = max(2 * one.kv_heads * one.head_dim for one in tree.pool.shapes)
@@ -157,7 +157,7 @@ class LayoutBuilder:
             min_saved_tokens = MIN_SAVED_NUMBERS // token_numbers
         self._min_saved_tokens = min_saved_tokens
         self._block_tokens = BLOCK_NUMBERS // token_numbers if self._device.type == "cpu" else None
-        self._windows = sorted(set(windows))
+        self.windows = sorted(set(windows))
         self._next_rows: list[Row] | None = None  # the rows that the remembered plan can be grown to
 
     def build(self, rows: Sequence[Row]) -> TreeLayout:
@@ -183,6 +183,7 @@ class LayoutBuilder:
             self._grow_tails(rows)
         else:
             self._plan(rows)
+            self._segments = tuple(self._segment(run) for run in self._runs)
         decoding = all(row.new == 1 for row in rows)
         self._next_rows = [Row(row.handle, row.stored + 1, 1) for row in rows] if decoding else None
         return self._layout(rows, decoding)
@@ -192,12 +193,12 @@ class LayoutBuilder:
     def plan(self, handles: Sequence[int]) -> Plan:
         """Who reads what when each of some leaves decodes its last token; the arrays are the caller's to change."""
         self._next_rows = None
-        self._plan([Row(handle, self._tree.num_tokens(handle) - 1, 1) for handle in handles])
-        positions = self._tail_positions if self._windows else None
+        self._plan([Row(handle, self.tree.num_tokens(handle) - 1, 1) for handle in handles])
+        positions = self._tail_positions if self.windows else None
         return Plan(self._runs, self._tail, positions, self._tail_lengths, self._starts)
 
     def _plan(self, rows: list[Row]) -> None:
-        tree = self._tree
+        tree = self.tree
         rows_of: dict[int, list[int]] = {}  # parent -> its rows
         for index, row in enumerate(rows):
             rows_of.setdefault(tree.parent(row.handle), []).append(index)
@@ -229,7 +230,7 @@ class LayoutBuilder:
                     shared[row.handle] = [0], Piece(own.slots[: row.stored].copy(), own.start)
                     own = Piece(own.slots[row.stored :], own.start + row.stored)
                 tails[index] = [*prefix, own]
-        self._plan_segments(list(shared.values()), rows)
+        self._plan_runs(list(shared.values()), rows)
         self._plan_tails(tails)
         starts = [tree.prefix_tokens(row.handle) + row.stored for row in rows]
         self._starts = np.array(starts, dtype=np.int64)  # position of each row's first new token
@@ -240,10 +241,10 @@ class LayoutBuilder:
         path = []
         while node >= 0:
             path.append(node)
-            node = self._tree.parent(node)
+            node = self.tree.parent(node)
         return path[::-1]
 
-    def _plan_segments(self, shared: list[tuple[list[int], Piece]], rows: list[Row]) -> None:
+    def _plan_runs(self, shared: list[tuple[list[int], Piece]], rows: list[Row]) -> None:
         ends = np.cumsum([row.new for row in rows])
         self._num_tokens = int(ends[-1])
         self._runs: list[Run] = []
@@ -252,7 +253,6 @@ class LayoutBuilder:
             if len(readers) < len(rows):
                 queries = np.concatenate([np.arange(ends[i] - rows[i].new, ends[i]) for i in readers])
             self._runs.append(Run(queries, *piece))
-        self._segments = tuple(self._segment(run) for run in self._runs)
 
     def _plan_tails(self, tails: list[list[Piece]]) -> None:
         slots = [np.concatenate([piece.slots for piece in tail]) for tail in tails]
@@ -261,21 +261,21 @@ class LayoutBuilder:
         for index, one in enumerate(slots):
             self._tail[index] = one[0]
             self._tail[index, : len(one)] = one
-        if self._windows:
+        if self.windows:
             self._tail_positions = np.full(self._tail.shape, PADDING)
             for index, tail in enumerate(tails):
                 positions = [np.arange(piece.start, piece.start + len(piece.slots)) for piece in tail]
                 self._tail_positions[index, : len(slots[index])] = np.concatenate(positions)
 
     def _grow_tails(self, rows: list[Row]) -> None:
-        slots = [self._tree.slots(row.handle)[row.stored] for row in rows]
+        slots = [self.tree.slots(row.handle)[row.stored] for row in rows]
         full = int(self._tail_lengths.max()) == self._tail.shape[1]
         if full:
             padding = np.repeat(self._tail[:, :1], self._tail.shape[1], axis=1)
             self._tail = np.concatenate([self._tail, padding], axis=1)
         self._tail[self._row_index, self._tail_lengths] = slots
         self._starts += 1
-        if self._windows:
+        if self.windows:
             if full:
                 padding = np.full_like(self._tail_positions, PADDING)
                 self._tail_positions = np.concatenate([self._tail_positions, padding], axis=1)
@@ -320,9 +320,9 @@ class LayoutBuilder:
             num_queries=num_queries,
             distinct_tokens=self._distinct_tokens,
         )
-        if not self._windows:
+        if not self.windows:
             return layout
-        return replace(layout, windowed={one: self._through(one, layout, positions, new) for one in self._windows})
+        return replace(layout, windowed={one: self._through(one, layout, positions, new) for one in self.windows})
 
     def _through(self, window: int, layout: TreeLayout, positions: IntArray, new: IntArray) -> TreeLayout | None:
         """The layout without what a window hides, None where that is nothing.

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ets_engine.attention.kernel import plan_pass, run_work, store
 from ets_engine.attention.work import WorkList
-from ets_engine.errors import UnsupportedModelError
 from ets_engine.kv import DecodeLayout, KVPool
+from ets_engine.runtime.hook import check_calls
 from ets_engine.runtime.sampler import draw_uncut
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # [B, hidden] -> [B, V]
@@ -131,12 +131,7 @@ class PassGraphs:
             return output.last_hidden_state[0]
 
         hidden = work()  # compiles what is not yet, and is this pass's result
-        if forward.calls != len(self.pool.shapes):
-            raise UnsupportedModelError(
-                f"{forward.calls} of {len(self.pool.shapes)} layers used tree attention: the attention of "
-                f"{type(self.base).__name__} was changed after Runner took it, perhaps through a config object that "
-                "another model shares; give each model its own config"
-            )
+        check_calls(forward.calls, len(self.pool.shapes), self.base)
         graph, result = self.graphs.capture(work)
         self._passes[key] = _Pass(graph, static_ids, static_numbers, result)
         return hidden[:rows]

@@ -164,6 +164,20 @@ def attend_in_tree(
     return ets_tree.attend(layer, query, key, value, scale, softcap, s_aux), None
 
 
+def check_calls(calls: int, layers: int, model: torch.nn.Module) -> None:
+    """Refuse a pass in which not every layer called the attention function.
+
+    Raises:
+        UnsupportedModelError: Some did not.
+    """
+    if calls != layers:
+        raise UnsupportedModelError(
+            f"{calls} of {layers} layers used tree attention: the attention of {type(model).__name__} was changed "
+            "after Runner took it, perhaps through a config object that another model shares; give each model its own "
+            "config"
+        )
+
+
 def _ets_probe_mask(
     q_length: int, kv_length: int, mask_function: Callable[..., torch.Tensor], device: torch.device, **others: Any
 ) -> torch.Tensor:

@@ -33,7 +33,7 @@ from ets_engine.kv import (
 from ets_engine.kv.pool import INITIAL_TOKENS
 from ets_engine.runtime.batching import Chunk, plan_forwards
 from ets_engine.runtime.compile import compile_layers
-from ets_engine.runtime.hook import TreeForward
+from ets_engine.runtime.hook import TreeForward, check_calls
 from ets_engine.runtime.linear import speed_up_linears
 from ets_engine.runtime.sampler import SamplingParams, draw, is_cut
 from ets_engine.runtime.support import (
@@ -225,8 +225,7 @@ class Runner:
             min_saved_tokens=min_saved_tokens,
             windows=[window for window in windows if window is not None],
         )
-        sliding = sorted({window for window in windows if window is not None})
-        self._decodes = DecodeLayoutBuilder(self.tree, self._layouts, sliding)
+        self._decodes = DecodeLayoutBuilder(self._layouts)
         self._window_bytes: dict[int | None, int] = {}  # KV of one token over the layers with that window
         for shape, window in zip(self.tree.pool.shapes, windows, strict=True):
             token_bytes = 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
@@ -360,12 +359,7 @@ class Runner:
         output = self._base(
             input_ids=ids[None], position_ids=layout.position_ids[None], use_cache=False, ets_tree=forward
         )
-        if forward.calls != len(self.tree.pool.shapes):
-            raise UnsupportedModelError(
-                f"{forward.calls} of {len(self.tree.pool.shapes)} layers used tree attention: the attention of "
-                f"{type(self.model).__name__} was changed after Runner took it, perhaps through a config object that "
-                "another model shares; give each model its own config"
-            )
+        check_calls(forward.calls, len(self.tree.pool.shapes), self.model)
         return output.last_hidden_state[0], layout.last_index if len(ids) > layout.num_rows else None
 
     def _move(self, layout: TreeLayout) -> TreeLayout:

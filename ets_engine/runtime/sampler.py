@@ -119,13 +119,18 @@ def draw(
     logits: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sample` that a GPU has not done yet when it returns, top-p apart; the log-probability of a bad row is NaN."""
-    temperatures = upload([one.temperature for one in params], logits.device, torch.float32)
+    if not any(one.temperature for one in params):
+        tokens = logits.argmax(-1)
+        return tokens, logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    plain = all(one.temperature == 1 for one in params)
+    temperatures = None if plain else upload([one.temperature for one in params], logits.device, torch.float32)
     numbers = upload(draws, logits.device, torch.float64)
     if not any(map(is_cut, params)):
-        return draw_uncut(logits, None if is_plain(params) else temperatures, numbers)
+        return draw_uncut(logits, temperatures, numbers)
     logprobs = logits.float().log_softmax(-1)
-    tokens = _invert(_weights(logprobs, params, temperatures), numbers[:, None])
-    tokens = torch.where(temperatures == 0, logits.argmax(-1), tokens)
+    tokens = _invert(_cut(_weights(logprobs, temperatures), params), numbers[:, None])
+    if temperatures is not None:
+        tokens = torch.where(temperatures == 0, logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -145,12 +150,9 @@ def draw_uncut(
     if logits.device.type == "cuda" and logits.shape[1] > _BLOCK:
         return draw_by_blocks(logits, temperatures, draws)
     logprobs = logits.float().log_softmax(-1)  # one number that is none makes its whole row NaN
-    if temperatures is None:
-        tokens = _invert(logprobs.exp(), draws[:, None])
-    else:
-        is_greedy = temperatures == 0
-        weights = (logprobs / temperatures.masked_fill(is_greedy, 1.0)[:, None]).softmax(-1)
-        tokens = torch.where(is_greedy, logits.argmax(-1), _invert(weights, draws[:, None]))
+    tokens = _invert(_weights(logprobs, temperatures), draws[:, None])
+    if temperatures is not None:
+        tokens = torch.where(temperatures == 0, logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -185,11 +187,6 @@ def is_cut(params: SamplingParams) -> bool:
     return bool(params.temperature and (params.top_k or params.top_p < 1 or params.min_p))
 
 
-def is_plain(params: Sequence[SamplingParams]) -> bool:
-    """Whether all draw from the model's own distribution, cuts apart."""
-    return all(one.temperature == 1 for one in params)
-
-
 def certainties(logits: torch.Tensor) -> torch.Tensor:
     """How far each next-token distribution is from uniform: KL(uniform || p) / ln V. [B, V] -> [B] (fp32).
 
@@ -204,12 +201,15 @@ def certainties(logits: torch.Tensor) -> torch.Tensor:
     return (logits.logsumexp(-1) - logits.mean(-1)) / math.log(logits.shape[-1]) - 1.0
 
 
-def _weights(logprobs: torch.Tensor, params: Sequence[SamplingParams], temperatures: torch.Tensor) -> torch.Tensor:
-    """What each token weighs after temperature and cuts. [B, V] -> [B, V]."""
-    if is_plain(params):
-        weights = logprobs.exp()
-    else:
-        weights = (logprobs / temperatures.masked_fill(temperatures == 0, 1.0)[:, None]).softmax(-1)
+def _weights(logprobs: torch.Tensor, temperatures: torch.Tensor | None) -> torch.Tensor:
+    """What each token weighs at its row's temperature; None = 1 everywhere, 0 counts as 1. [B, V] -> [B, V]."""
+    if temperatures is None:
+        return logprobs.exp()
+    return (logprobs / temperatures.masked_fill(temperatures == 0, 1.0)[:, None]).softmax(-1)
+
+
+def _cut(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Weights with the cuts made, in place. [B, V]."""
     cut = [row for row, one in enumerate(params) if is_cut(one)]
     if cut:
         rows = upload(cut, weights.device, torch.int64)

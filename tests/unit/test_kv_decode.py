@@ -44,9 +44,7 @@ def check(tree: PrefixTree, leaves: list[int], layout: DecodeLayout, min_saved_t
 def test_a_layout_that_grew_says_what_one_planned_anew_says(seed: int, min_saved_tokens: int) -> None:
     rng = random.Random(seed)
     tree = PrefixTree(KVPool([LayerShape(1, 8)], page_tokens=4))
-    builder = DecodeLayoutBuilder(
-        tree, LayoutBuilder(tree, min_saved_tokens=min_saved_tokens, windows=WINDOWS), windows=WINDOWS
-    )
+    builder = DecodeLayoutBuilder(LayoutBuilder(tree, min_saved_tokens=min_saved_tokens, windows=WINDOWS))
     root = tree.root()
     tree.append(root, rng.randrange(1, 25))
     live = [tree.fork(root)]
@@ -75,7 +73,7 @@ def test_a_token_taken_back_is_noticed() -> None:
     root = tree.root()
     tree.append(root, 3)
     left, right = tree.fork(root), tree.fork(root)
-    builder = DecodeLayoutBuilder(tree, LayoutBuilder(tree, windows=WINDOWS), windows=WINDOWS)
+    builder = DecodeLayoutBuilder(LayoutBuilder(tree, windows=WINDOWS))
     for leaf in (left, right):
         tree.append(leaf, 1)
     builder.build([left, right])
@@ -89,7 +87,7 @@ def test_a_token_taken_back_is_noticed() -> None:
 def test_most_passes_plan_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = PrefixTree(KVPool([LayerShape(1, 8)]))
     layouts = LayoutBuilder(tree)
-    builder = DecodeLayoutBuilder(tree, layouts)
+    builder = DecodeLayoutBuilder(layouts)
     planned, usual = [], layouts.plan
     monkeypatch.setattr(layouts, "plan", lambda handles: planned.append(len(handles)) or usual(handles))
     root = tree.root()
