@@ -133,6 +133,8 @@ class EngineConfig(Config):
             make room as soon as a search needs it. 0 = none.
         cuda_graphs: Whether decode passes are captured as CUDA graphs, "auto" = where the model allows it. Faster at
             every size that a GPU does in less time than its host needs to launch it.
+        merge_branches: Whether branches that drew the same tokens below the same step are computed and stored once, and
+            equal steps judged once. It changes nothing that a search finds; False is for measuring what it saves.
         compile_layers: Whether decoder layers go through torch.compile: the first passes take tens of seconds, later
             ones less than without.
         max_queued_searches: Most searches that wait for room in the KV pools; one more is refused.
@@ -156,6 +158,7 @@ class EngineConfig(Config):
     prefill_chunk_tokens: int = Field(default=2048, ge=1)
     prefix_cache_tokens: int = Field(default=16384, ge=0)
     cuda_graphs: bool | Literal["auto"] = "auto"
+    merge_branches: bool = True
     compile_layers: bool = False
     max_queued_searches: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False

@@ -1,7 +1,9 @@
 """Who owns which KV pages: nodes, forks and reference counts; it never touches K or V themselves.
 
-A node's tokens start in pages of its own and are never copied, so a shared prefix is stored once however many branches
-go on from it. A node lives while its handle is held or a descendant lives; its pages are free the moment both end.
+A node's tokens are never copied, so a shared prefix is stored once however many branches go on from it. They start in
+pages of the node's own, or in what is free of its parent's last page, so that paths which part token by token take no
+more pages than if they had never shared any. A node lives while its handle is held or a descendant lives; its pages
+are free the moment both end.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class _Node:
     held: bool = True  # its handle was not released yet
     num_children: int = 0  # live children
     num_tokens: int = 0
+    lent: range = range(0)  # slots of an ancestor's last page, which its first tokens take
+    tenant: int = -1  # the live child that has what is free of the last page
     pages: list[int] = field(default_factory=list)
     slots: Slots = field(default_factory=lambda: np.empty(16, dtype=np.int64))  # [capacity >= num_tokens]
 
@@ -65,21 +69,47 @@ class PrefixTree:
         """Open an empty tree; `owner` names whose tokens are counted by `resident_tokens_of`."""
         return self._open(_Node(parent=-1, prefix_tokens=0, owner=owner))
 
-    def fork(self, parent: int, owner: Hashable = None) -> int:
-        """Open an empty child that shares its parent's whole path; `owner` defaults to the parent's.
+    def fork(self, parent: int, owner: Hashable = None, *, fill_page: bool = False) -> int:
+        """Open an empty child that shares its parent's whole path.
+
+        Args:
+            parent: Any live node.
+            owner: As in `root`, None = the parent's.
+            fill_page: Whether the child goes on in what is free of the parent's last page, unless another child does.
 
         Raises:
             KeyError: the parent is gone.
         """
         above = self._node(parent)
         above.num_children += 1
-        return self._open(
+        child = self._open(
             _Node(
                 parent=parent,
                 prefix_tokens=above.prefix_tokens + above.num_tokens,
                 owner=above.owner if owner is None else owner,
             )
         )
+        if fill_page and above.tenant < 0 and (free := self._free_slots(above)):
+            above.tenant, self._nodes[child].lent = child, free
+        return child
+
+    def _free_slots(self, node: _Node) -> range:
+        """What is left of the page in which a node's tokens end, empty where they end with it."""
+        if not node.pages:
+            return node.lent[node.num_tokens :]
+        page_tokens = self.pool.page_tokens
+        stop = (node.pages[-1] + 1) * page_tokens
+        return range(stop - (len(node.lent) + len(node.pages) * page_tokens - node.num_tokens), stop)
+
+    def _slots_between(self, node: _Node, start: int, stop: int) -> Slots:
+        """Slots of a node's tokens `start` to `stop`, for which it has pages."""
+        page_tokens, lent = self.pool.page_tokens, len(node.lent)
+        index = np.arange(start, stop)
+        slots = node.lent.start + index
+        if stop > lent:
+            index, pages = index[index >= lent] - lent, np.asarray(node.pages, dtype=np.int64)
+            slots[len(slots) - len(index) :] = pages[index // page_tokens] * page_tokens + index % page_tokens
+        return slots
 
     def _open(self, node: _Node) -> int:
         handle = self._next_handle
@@ -105,7 +135,7 @@ class PrefixTree:
             )
         page_tokens = self.pool.page_tokens
         start, stop = node.num_tokens, node.num_tokens + count
-        missing = -(-stop // page_tokens) - len(node.pages)
+        missing = self._num_pages(node, stop) - len(node.pages)
         if missing > 0:
             node.pages += self.pool.allocate(missing, after=node.pages[-1] if node.pages else -1)
             self.resident_pages += missing
@@ -114,12 +144,11 @@ class PrefixTree:
             grown = np.empty(max(stop, 2 * len(node.slots)), dtype=np.int64)
             grown[:start] = node.slots[:start]
             node.slots = grown
-        if count == 1:  # in decoding, for every row of every pass
-            node.slots[start] = node.pages[start // page_tokens] * page_tokens + start % page_tokens
+        own = start - len(node.lent)
+        if count == 1 and own >= 0:  # in decoding, for nearly every row of every pass
+            node.slots[start] = node.pages[own // page_tokens] * page_tokens + own % page_tokens
         else:
-            index = np.arange(start, stop)
-            pages = np.asarray(node.pages, dtype=np.int64)
-            node.slots[start:stop] = pages[index // page_tokens] * page_tokens + index % page_tokens
+            node.slots[start:stop] = self._slots_between(node, start, stop)
         node.num_tokens = stop
         self._count(node, count)
         return node.slots[start:stop]
@@ -136,12 +165,16 @@ class PrefixTree:
                 f"cannot cut node {handle} to {num_tokens} tokens: it has {node.num_tokens} and "
                 f"{node.num_children} children; only a leaf can be cut"
             )
-        keep_pages = -(-num_tokens // self.pool.page_tokens)
+        keep_pages = self._num_pages(node, num_tokens)
         self.pool.free(node.pages[keep_pages:])
         self.resident_pages -= len(node.pages) - keep_pages
         del node.pages[keep_pages:]
         self._count(node, num_tokens - node.num_tokens)
         node.num_tokens = num_tokens
+
+    def _num_pages(self, node: _Node, num_tokens: int) -> int:
+        """Pages of its own that a node of so many tokens takes."""
+        return max(0, -(-(num_tokens - len(node.lent)) // self.pool.page_tokens))
 
     def split(self, handle: int, num_tokens: int, owner: Hashable = None) -> int:
         """Put a node's first tokens into a node of their own above it; no K or V moves, all paths stay as they are.
@@ -155,14 +188,14 @@ class PrefixTree:
             The upper node, which the caller holds too.
 
         Raises:
-            ValueError: `num_tokens` is no whole number of the node's pages.
+            ValueError: `num_tokens` is no whole number of the node's pages, or its first page is another node's.
         """
         node = self._node(handle)
         num_pages = num_tokens // self.pool.page_tokens
-        if not num_pages or num_tokens % self.pool.page_tokens or num_tokens > node.num_tokens:
+        if not num_pages or num_tokens % self.pool.page_tokens or num_tokens > node.num_tokens or node.lent:
             raise ValueError(
                 f"cannot split node {handle} after {num_tokens} of its {node.num_tokens} tokens: give a multiple of "
-                f"{self.pool.page_tokens} that it has"
+                f"{self.pool.page_tokens} that it has in pages of its own, it has {len(node.lent)} in another's"
             )
         above = _Node(node.parent, node.prefix_tokens, owner, num_children=1, num_tokens=num_tokens)
         above.pages, node.pages = node.pages[:num_pages], node.pages[num_pages:]
@@ -191,9 +224,11 @@ class PrefixTree:
             del self._nodes[handle]
             if node.parent < 0:
                 break
-            handle = node.parent
+            gone, handle = handle, node.parent
             node = self._nodes[handle]
             node.num_children -= 1
+            if node.tenant == gone:
+                node.tenant = -1
 
     def _count(self, node: _Node, change: int) -> None:
         self.resident_tokens += change
@@ -249,7 +284,7 @@ class PrefixTree:
     def last_slot(self, handle: int) -> int:
         """Where the K/V of the node's last own token lies; it has one."""
         node = self._node(handle)
-        return node.pages[-1] * self.pool.page_tokens + (node.num_tokens - 1) % self.pool.page_tokens
+        return int(node.slots[node.num_tokens - 1])
 
     def resident_tokens_of(self, owner: Hashable) -> int:
         """Tokens resident for one owner, its shared prefixes counted once."""
@@ -266,6 +301,7 @@ class PrefixTree:
             AssertionError: naming what is wrong. O(nodes + pages); for tests and idle time.
         """
         owned: list[int] = []
+        used: list[int] = []
         children: dict[int, int] = {}
         tokens_of: dict[Hashable, int] = {}
         for handle, node in self._nodes.items():
@@ -273,17 +309,24 @@ class PrefixTree:
             children[node.parent] = children.get(node.parent, 0) + 1
             tokens_of[node.owner] = tokens_of.get(node.owner, 0) + node.num_tokens
             _require(node.held or node.num_children > 0, f"node {handle} is unreachable but not freed")
+            used += node.slots[: node.num_tokens].tolist()
+            page_tokens, own = self.pool.page_tokens, max(0, node.num_tokens - len(node.lent))
             _require(
-                len(node.pages) == -(-node.num_tokens // self.pool.page_tokens),
-                f"node {handle} owns {len(node.pages)} pages for {node.num_tokens} tokens",
+                len(node.pages) == -(-own // page_tokens),
+                f"node {handle} owns {len(node.pages)} pages for {own} tokens beyond those that lie in another's",
             )
-            expected = [
-                node.pages[i // self.pool.page_tokens] * self.pool.page_tokens + i % self.pool.page_tokens
-                for i in range(node.num_tokens)
-            ]
+            expected = [*node.lent][: node.num_tokens]
+            expected += [node.pages[i // page_tokens] * page_tokens + i % page_tokens for i in range(own)]
             _require(node.slots[: node.num_tokens].tolist() == expected, f"node {handle}'s slots left its pages")
+            tenant = self._nodes.get(node.tenant)
+            _require(node.tenant < 0 or tenant is not None, f"node {handle}'s tenant {node.tenant} was freed")
+            if tenant is not None:
+                _require(tenant.parent == handle, f"node {node.tenant} is tenant of {handle}, which is not above it")
+                _require(tenant.lent == self._free_slots(node), f"node {node.tenant} has other slots than are free")
             if node.parent >= 0:
                 _require(node.parent in self._nodes, f"node {handle}'s parent {node.parent} was freed")
+                is_tenant = self._nodes[node.parent].tenant == handle
+                _require(not node.lent or is_tenant, f"node {handle} lies in a page that was not lent to it")
                 above = self._nodes[node.parent]
                 _require(
                     node.prefix_tokens == above.prefix_tokens + above.num_tokens,
@@ -293,6 +336,7 @@ class PrefixTree:
             _require(node.num_children == children.get(handle, 0), f"node {handle} miscounts its children")
         free = self.pool.free_pages()
         _require(len(owned) == len(set(owned)), "a page is owned by two nodes")
+        _require(len(used) == len(set(used)), "a slot holds two tokens")
         _require(not free & set(owned), "an owned page is on the free list")
         _require(len(free) + len(owned) == self.pool.num_pages, "free + owned pages are not all pages")
         _require(len(free) == self.pool.num_free_pages, "the pool miscounts its free pages")

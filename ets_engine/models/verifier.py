@@ -1,10 +1,11 @@
-"""One search's PRM: it reads each new step once, in a KV tree of its own."""
+"""One search's PRM: it reads each new step once, equal ones together, in a KV tree of its own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.models.paths import ancestors
@@ -43,6 +44,18 @@ class VerifierUsage:
         return self.resident_token_rounds / self.rounds if self.rounds else 0.0
 
 
+class Reading(NamedTuple):
+    """What a round of steps has to read.
+
+    Attributes:
+        rows: A new KV node and the ids to read for each step that fits the context and equals none before it.
+        first: For each step, the first one that equals it on the whole path: itself, or one whose row serves both.
+    """
+
+    rows: dict[int, tuple[int, list[int]]]
+    first: dict[int, int]
+
+
 class PrmVerifier:
     """Scores steps with a PRM of any format; every token is read once, ever.
 
@@ -79,6 +92,7 @@ class PrmVerifier:
                 f"{runner.context_tokens}; shorten the problem or take a verifier with a longer context"
             )
         self._paths: dict[int, tuple[int, list[int]]] = {0: (-1, self._root_ids)}  # kept paths: node -> parent, ids
+        self._first = {0: 0}  # the node that stands for each in what follows: the first with an equal path
         self._ends: set[int] = {0}  # nodes that steps may follow
         self._handles: dict[int, int] = {}  # nodes whose KV is held: the ends, unless it was dropped
         self._followed: set[int] = set()  # nodes that steps follow
@@ -129,28 +143,34 @@ class PrmVerifier:
             tree.release(opened.pop(node))
         self._handles |= opened
 
-    def plan(
-        self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]
-    ) -> dict[int, tuple[int, list[int]]]:
-        """A new KV node and the ids to read for each step that fits the context."""
-        rows: dict[int, tuple[int, list[int]]] = {}
+    def plan(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> Reading:
+        """What is to be read of some steps."""
+        reading = Reading({}, {})
+        alike: dict[Hashable, int] = {}
         for node, parent, text in zip(nodes, parents, texts, strict=True):
             read = text if self._read_step is None else self._read_step(text)
-            above, ids = self._handles[parent], self._format.step_ids(read, is_first=parent == 0)
-            if self._runner.tree.path_tokens(above) + len(ids) <= self._runner.context_tokens:
-                rows[node] = self._runner.tree.fork(above), ids
-                self._paths[node] = parent, ids
-        return rows
+            above, ids = self._first[parent], self._format.step_ids(read, is_first=parent == 0)
+            equal = (above, tuple(ids)) if self._runner.config.merge_branches else node
+            first = reading.first[node] = alike.setdefault(equal, node)
+            handle = self._handles[above]
+            if first == node and self._runner.tree.path_tokens(handle) + len(ids) <= self._runner.context_tokens:
+                reading.rows[node] = self._runner.tree.fork(handle), ids
+                self._paths[node] = above, ids
+        return reading
 
-    def accept(self, rows: dict[int, tuple[int, list[int]]]) -> None:
-        """Keep steps that were read, and count them."""
-        usage, tree = self.usage, self._runner.tree
+    def accept(self, reading: Reading, parents: Sequence[int]) -> None:
+        """Keep steps that were read, and count them; `parents` are those of the plan."""
+        usage, tree, rows = self.usage, self._runner.tree, reading.rows
+        pairs = [pair for pair in zip(reading.first.items(), parents, strict=True) if pair[0][1] in rows]
+        followed = {parent for _, parent in pairs}
+        usage.path_tokens += sum(tree.path_tokens(rows[first][0]) for (_, first), _ in pairs)
+        usage.path_tokens -= sum(
+            tree.path_tokens(self._handles[self._first[node]]) for node in followed - self._followed
+        )
+        self._followed |= followed
+        self._first |= reading.first
         self._handles |= {node: handle for node, (handle, _) in rows.items()}
         self._ends |= rows.keys()
-        followed = {self._paths[node][0]: tree.parent(handle) for node, (handle, _) in rows.items()}
-        ended = sum(tree.path_tokens(handle) for node, handle in followed.items() if node not in self._followed)
-        usage.path_tokens += sum(tree.path_tokens(handle) for handle, _ in rows.values()) - ended
-        self._followed |= followed.keys()
         usage.tokens += sum(len(ids) for _, ids in rows.values())
         resident = tree.resident_tokens_of(self._search) + self._shared_tokens
         usage.peak_tokens = max(usage.peak_tokens, resident)
@@ -159,11 +179,12 @@ class PrmVerifier:
 
     def retain(self, leaves: Sequence[int]) -> None:
         """Free the KV of every path that leads to none of these nodes, at once."""
-        kept = set(leaves) & self._ends
+        kept = {self._first[leaf] for leaf in leaves if leaf in self._first} & self._ends
         for node in self._handles.keys() - kept:
             self._runner.tree.release(self._handles.pop(node))
         self._ends = kept
         self._paths = {node: self._paths[node] for node in ancestors(kept, self._paths)}
+        self._first = {node: first for node, first in self._first.items() if first in kept}
 
     def drop(self) -> None:
         """Free all KV for now; it is computed again when it is needed."""
@@ -202,29 +223,29 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
     runner = requests[0][0].runner
     tree, stats = runner.tree, runner.stats
     began_s, moved_bytes = time.perf_counter(), stats.bytes_moved
-    plans: list[dict[int, tuple[int, list[int]]]] = []
+    plans: list[Reading] = []
     try:
         for verifier, *_ in requests:
             verifier.open()
         plans += [verifier.plan(nodes, parents, texts) for verifier, nodes, parents, texts in requests]
-        rows = [row for plan in plans for row in plan.values()]
+        rows = [row for plan in plans for row in plan.rows.values()]
         right = probabilities(runner.logits(runner.extend_last(rows))).tolist() if rows else []  # [B]
     except BaseException:
         for plan in plans:
-            for handle, _ in plan.values():
+            for handle, _ in plan.rows.values():
                 tree.release(handle)
         raise
-    shares = [sum(len(ids) for _, ids in plan.values()) for plan in plans]
+    shares = [sum(len(ids) for _, ids in plan.rows.values()) for plan in plans]
     busy_s, moved_bytes = time.perf_counter() - began_s, stats.bytes_moved - moved_bytes
     stats.busy_s += busy_s
     found: list[list[float]] = []
     first = 0
-    for (verifier, nodes, *_), plan, share in zip(requests, plans, shares, strict=True):
-        verifier.accept(plan)
+    for (verifier, nodes, parents, _), plan, share in zip(requests, plans, shares, strict=True):
+        verifier.accept(plan, parents)
         verifier.usage.busy_s += busy_s * share / max(1, sum(shares))
         verifier.usage.bytes_moved += round(moved_bytes * share / max(1, sum(shares)))
-        chances = [round(chance, SCORE_DIGITS) for chance in right[first : first + len(plan)]]
-        first += len(plan)
-        scores = dict(zip(plan, chances, strict=True))
-        found.append([scores.get(node, float("nan")) for node in nodes])
+        chances = [round(chance, SCORE_DIGITS) for chance in right[first : first + len(plan.rows)]]
+        first += len(plan.rows)
+        scores = dict(zip(plan.rows, chances, strict=True))
+        found.append([scores.get(plan.first[node], float("nan")) for node in nodes])
     return found

@@ -16,7 +16,7 @@ from ets_engine.types import StopReason
 
 @dataclass(slots=True, eq=False)
 class Leaf:
-    """The open end of a path; the decoder alone changes it, its holder gives it back with `StepDecoder.release`.
+    """The open end of a path; the decoder alone changes it, each holder gives it back with `StepDecoder.release`.
 
     Attributes:
         handle: Its KV node.
@@ -28,6 +28,7 @@ class Leaf:
         path_tokens: Tokens of the path, pending ones included (count).
         prompt_tokens: Those of them that no model wrote (count).
         carry: Text of the path's last tokens that belongs to the next step; see `StopRules.openers`.
+        holders: Branches that ended here and did not give it back yet (count).
     """
 
     handle: int
@@ -39,6 +40,7 @@ class Leaf:
     hidden: torch.Tensor | None = None
     prompt: tuple[int, ...] = ()
     carry: str = ""
+    holders: int = 1
 
     @property
     def num_written(self) -> int:
@@ -75,7 +77,7 @@ class FinishedBranch:
 
     Attributes:
         branch: As submitted.
-        leaf: The new end of the path; the receiver releases it.
+        leaf: The new end of the path, the same for all that drew the same tokens; each receiver releases it.
         token_ids: Of the step, without an end-of-text token.
         text: What they add to the path's text: the parent's `carry` and their own text, without the leaf's `carry`.
         stop: BOUNDARY, FINISHED, LENGTH, or ERROR where `StopRules.is_over` raised.
@@ -104,6 +106,8 @@ class DecodeUsage:
     Attributes:
         decode_steps: Forward passes that extended a branch of it by a token.
         generated_tokens: Tokens sampled, end-of-text tokens included.
+        read_tokens: Tokens whose K/V was computed: one that several branches share counts once, one that was computed
+            anew counts again.
         prompt_tokens: Tokens of its prompts.
         cached_prompt_tokens: Those of them that earlier prompts had left in the KV tree.
         shared_tokens: Those whose KV it shares with other prompts; they count as resident for each.
@@ -115,6 +119,7 @@ class DecodeUsage:
 
     decode_steps: int = 0
     generated_tokens: int = 0
+    read_tokens: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     shared_tokens: int = 0

@@ -3,6 +3,10 @@
 A step's last token is *pending*: it is sampled, but its K/V is computed only when the step gets children. Then each
 distinct parent reads it once, keeps its last hidden state, and all its children fork from there; pruned leaves never
 pay for it.
+
+Children of one parent that draw the same tokens are one *row*: one hidden state, one copy of the K/V, and a draw for
+each. They part where their draws do, and what they drew in common stays shared. Whoever ends a step together ends it in
+one leaf, below which their children are together again.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +34,29 @@ from ets_engine.types import StopReason
 @dataclass(slots=True, eq=False)
 class _Live:
     branch: Branch
-    handle: int
-    state: int  # its row in the decoder's hidden states
-    tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
     certainty: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    members: list[_Live]  # below one parent, with equal rules; they have drawn the same tokens so far
+    handle: int
+    state: int  # its place among the decoder's hidden states
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def first(self) -> Branch:
+        return self.members[0].branch
+
+
+class _Part(NamedTuple):
+    """Members of a row that drew the same token, by their places among all draws, and why they stop there."""
+
+    row: int
+    members: list[int]
+    token: int
+    reason: StopReason | None  # None = they go on
 
 
 class StepDecoder:
@@ -52,13 +76,14 @@ class StepDecoder:
 
     def __init__(self, runner: Runner, tokenizer: Detokenizer) -> None:
         self.runner = runner
+        self.merges = runner.config.merge_branches
         self.tokenizer = tokenizer
         self._stops = StopFinder(tokenizer)
         self._readback = Readback(runner.device)
         self._waiting: list[Branch] = []
-        self._live: list[_Live] = []
+        self._rows: list[_Row] = []
         self._states = torch.empty((0, runner.hidden_size), dtype=runner.dtype, device=runner.device)  # [B, hidden]
-        self._sums = torch.empty((0, runner.hidden_size), device=runner.device)  # of states read, per live branch
+        self._sums = torch.empty((0, runner.hidden_size), device=runner.device)  # of states read, per row
         self._usage: dict[Hashable, DecodeUsage] = {}
 
     # ------------------------------------------------------------------ leaves
@@ -106,11 +131,12 @@ class StepDecoder:
         Raises:
             PoolExhaustedError: the KV pool is full; nothing has changed.
         """
-        count = min(max_tokens, len(leaf.pending) - 1)
-        if count > 0:
+        num_tokens = min(max_tokens, len(leaf.pending) - 1)
+        if num_tokens > 0:
             started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
-            self.runner.extend_last([(leaf.handle, leaf.pending[:count])])
-            leaf.pending = leaf.pending[count:]
+            self.runner.extend_last([(leaf.handle, leaf.pending[:num_tokens])])
+            leaf.pending = leaf.pending[num_tokens:]
+            self.usage(leaf.search).read_tokens += num_tokens
             self._charge([leaf.search], time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
 
     def follow(self, leaf: Leaf, token_ids: Sequence[int], carry: str = "") -> Leaf:
@@ -148,6 +174,7 @@ class StepDecoder:
         started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
         hidden = self.runner.extend_last([(leaf.handle, leaf.pending) for leaf in unread])
         for leaf, state in zip(unread, hidden, strict=True):
+            self.usage(leaf.search).read_tokens += len(leaf.pending)
             leaf.hidden, leaf.pending = state, ()
             if leaf.prompt:
                 usage, above = self.usage(leaf.search), self.runner.tree.prefix_tokens(leaf.handle)
@@ -159,15 +186,17 @@ class StepDecoder:
             self._sample_residency(search)
 
     def release(self, leaf: Leaf) -> None:
-        """Give up a leaf; KV that nothing else needs is free at once."""
-        self.runner.tree.release(leaf.handle)
+        """Give up a leaf, one of its holders; KV that nothing else needs is free at once."""
+        leaf.holders -= 1
+        if not leaf.holders:
+            self.runner.tree.release(leaf.handle)
 
     # ------------------------------------------------------------------ decoding
 
     @property
     def num_branches(self) -> int:
         """Branches waiting or live (count)."""
-        return len(self._waiting) + len(self._live)
+        return len(self._waiting) + sum(len(row.members) for row in self._rows)
 
     def submit(self, branches: Sequence[Branch]) -> None:
         """Queue steps; they join the next decode step. Hold their parents until then; afterwards their KV lives on."""
@@ -180,16 +209,19 @@ class StepDecoder:
             Tokens of theirs that were sampled in vain (count).
         """
         self._waiting = [branch for branch in self._waiting if branch.parent.search != search]
-        gone = [live for live in self._live if live.branch.parent.search == search]
-        for live in gone:
-            self.runner.tree.release(live.handle)
+        gone = [row for row in self._rows if row.first.parent.search == search]
+        for row in gone:
+            self.runner.tree.release(row.handle)
         if gone:
-            self._keep([row for row, live in enumerate(self._live) if live.branch.parent.search != search])
-        return sum(len(live.tokens) for live in gone)
+            stay = [place for place, row in enumerate(self._rows) if row.first.parent.search != search]
+            states = self._states[self._index([self._rows[place].state for place in stay])]
+            self._keep([self._rows[place] for place in stay], stay, states)
+        return sum(len(row.tokens) * len(row.members) for row in gone)
 
     def run(self) -> list[FinishedBranch]:
         """Decode until nothing is waiting or live; finished steps in the order in which they were submitted."""
-        order = {id(branch): i for i, branch in enumerate([*(live.branch for live in self._live), *self._waiting])}
+        live = [one.branch for row in self._rows for one in row.members]
+        order = {id(branch): i for i, branch in enumerate([*live, *self._waiting])}
         finished: list[FinishedBranch] = []
         while self.num_branches:
             finished += self.step()
@@ -207,109 +239,174 @@ class StepDecoder:
                 and step again.
         """
         self._admit()
-        finished = self._decode() if self._live else []
+        finished = self._decode() if self._rows else []
         finished += [self._without_room(branch) for branch in self._waiting]
         self._waiting = []
         return finished
 
     def _admit(self) -> None:
-        """Open the waiting branches' parents, fork, and put the children among the live ones; who has no room waits."""
+        """Open the waiting branches' parents, fork, and put the children among the rows; who has no room waits."""
         joining = [branch for branch in self._waiting if self._tokens_left(branch) > 0]
         if not joining:
             return
         parents = list({id(branch.parent): branch.parent for branch in joining}.values())
         self.open(parents)
-        state_of = {id(parent): row for row, parent in enumerate(parents, start=len(self._states))}
-        tree = self.runner.tree
-        self._live += [_Live(one, tree.fork(one.parent.handle), state_of[id(one.parent)]) for one in joining]
+        state_of = {id(parent): place for place, parent in enumerate(parents, start=len(self._states))}
+        alike: dict[Hashable, list[_Live]] = {}
+        for branch in joining:
+            rules = (id(branch.parent), id(branch.stops), branch.max_tokens, branch.needs_certainty)
+            alike.setdefault(rules if self.merges else id(branch), []).append(_Live(branch))
+        for members in alike.values():
+            parent = members[0].branch.parent
+            handle = self.runner.tree.fork(parent.handle, fill_page=True)
+            self._rows.append(_Row(members, handle, state_of[id(parent)]))
         self._states = torch.cat([self._states, *(parent.hidden[None] for parent in parents)])
-        self._sums = torch.cat([self._sums, self._sums.new_zeros((len(joining), self._sums.shape[1]))])
+        self._sums = torch.cat([self._sums, self._sums.new_zeros((len(alike), self._sums.shape[1]))])
         self._waiting = [branch for branch in self._waiting if self._tokens_left(branch) <= 0]
 
     def _decode(self) -> list[FinishedBranch]:
         """`step` for the live branches."""
         started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
-        live = self._live
+        rows, tree = self._rows, self.runner.tree
         drawn = self._draw()
         self._readback.mark()
-        ahead = self._run_ahead(drawn[0]) if self.runner.runs_ahead else None
+        ahead = self._run_ahead(drawn[0])
+        forked: list[int] = []
         try:
             with self._readback.reading():
                 tokens, logprobs, certainty = (one.tolist() for one in drawn)
                 check_drawn(logprobs)
-                reasons = self._reasons(tokens)
-                done = {row: reason for row, reason in enumerate(reasons) if reason is not None}
-                means = self._means(list(done))
+                parts = self._parts(tokens)
+                done = [part for part in parts if part.reason is not None]
+                means = self._means([part.row for part in done])
+            handles = self._part_ways(parts, forked)
+            going = [(part, handle) for part, handle in zip(parts, handles, strict=True) if part.reason is None]
+            ended = [(part, handle) for part, handle in zip(parts, handles, strict=True) if part.reason is not None]
+            live = [one for row in rows for one in row.members]
             finished = [
-                self._finish(row, tokens[row], logprobs[row], certainty[row], reason, mean)
-                for (row, reason), mean in zip(done.items(), means, strict=True)
+                FinishedBranch(
+                    *(live[place].branch, leaf, ids, text, part.reason, mean.copy()),  # no view that keeps the batch's
+                    num_sampled=len(rows[part.row].tokens) + 1,
+                    logprob=live[place].logprob + logprobs[place],
+                    certainty=live[place].certainty + certainty[place],
+                )
+                for (part, handle), mean in zip(ended, means, strict=True)
+                for leaf, ids, text in [self._end(part, handle)]
+                for place in part.members
             ]
+            states = self._states[:0]
+            if ahead is not None:
+                self._forget_last(part.row for part, _ in ended)
+                states = ahead[self._index([part.row for part, _ in going])] if ended else ahead
+            elif going:
+                states = self.runner.extend_last([(handle, [part.token]) for part, handle in going])
         except BaseException:
             if ahead is not None:
-                self._forget_last(range(len(live)))
+                self._forget_last(range(len(rows)))
+            for handle in forked:
+                tree.release(handle)
             raise
-        going = [row for row, reason in enumerate(reasons) if reason is None]
-        states = self._states[:0]
-        if ahead is not None:
-            self._forget_last(done)
-            states = ahead[upload(going, self.runner.device, torch.int64)] if done else ahead
-        elif going:
-            states = self.runner.extend_last([(live[row].handle, [tokens[row]]) for row in going])
         # nothing below can fail: commit
         searches = [one.branch.parent.search for one in live]
         self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
-        for search, count in Counter(searches).items():
-            self.usage(search).generated_tokens += count
-        for row in going:
-            live[row].tokens.append(tokens[row])
-            live[row].logprob += logprobs[row]
-            live[row].certainty += certainty[row]
-        for search in {searches[row] for row in going}:
+        for search, sampled in Counter(searches).items():
+            self.usage(search).generated_tokens += sampled
+        for place, one in enumerate(live):
+            one.logprob += logprobs[place]
+            one.certainty += certainty[place]
+        parted = {part.row for part, handle in zip(parts, handles, strict=True) if handle != rows[part.row].handle}
+        kept: list[_Row] = []
+        for part, handle in going:
+            row = rows[part.row]
+            if part.row in parted:
+                kept.append(_Row([live[place] for place in part.members], handle, 0, [*row.tokens, part.token]))
+            else:
+                row.tokens.append(part.token)
+                kept.append(row)
+        held = set(handles)
+        for place in parted:
+            if rows[place].handle not in held:  # it lives on above those who drew on
+                tree.release(rows[place].handle)
+        for search, read in Counter(row.first.parent.search for row in kept).items():
             usage = self.usage(search)
+            usage.read_tokens += read
             usage.decode_steps += 1
             usage.resident_token_steps += self._sample_residency(search)
-        self._keep(going, states)
+        self._keep(kept, [part.row for part, _ in going], states)
         self._sums += states
         return finished
 
     def _run_ahead(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Feed all live branches their drawn tokens ([B]) before it is known who stops; None where there is no room.
+        """Feed all rows their drawn tokens ([B]) before it is known who stops; None where that cannot be done.
 
-        So the device is at work while the host looks at the tokens; who stops has done one pass in vain.
+        So the device is at work while the host looks at the tokens; who stops has done one pass in vain. A row of
+        several branches has to be looked at first: they may part.
         """
+        if not self.runner.runs_ahead or len(tokens) > len(self._rows):
+            return None
         try:
-            return self.runner.extend_drawn([one.handle for one in self._live], tokens)
+            return self.runner.extend_drawn([row.handle for row in self._rows], tokens)
         except (PoolExhaustedError, ContextLengthError):  # only those that go on may fit
             return None
 
+    def _parts(self, tokens: Sequence[int]) -> list[_Part]:
+        """Who stays together at the tokens just drawn, row by row."""
+        parts: list[_Part] = []
+        places = count()
+        for number, row in enumerate(self._rows):
+            alike: dict[int, list[int]] = {}
+            for place in islice(places, len(row.members)):
+                alike.setdefault(tokens[place], []).append(place)
+            parts += [_Part(number, members, token, self._reason(row, token)) for token, members in alike.items()]
+        return parts
+
+    def _part_ways(self, parts: Sequence[_Part], forked: list[int]) -> list[int]:
+        """A KV node for each part, which those of a row that parts get below it; new ones are put into `forked`.
+
+        The old node of such a row is its first part's where it holds no token yet, and no one's otherwise.
+        """
+        tree = self.runner.tree
+        num_parts = Counter(part.row for part in parts)
+        handles: list[int] = []
+        taken: set[int] = set()
+        for part in parts:
+            handle = self._rows[part.row].handle
+            if num_parts[part.row] > 1:
+                if tree.num_tokens(handle):
+                    handle = tree.fork(handle, fill_page=part.reason is None)
+                    forked.append(handle)
+                elif part.row in taken:
+                    handle = tree.fork(tree.parent(handle))
+                    forked.append(handle)
+                taken.add(part.row)
+            handles.append(handle)
+        return handles
+
     def _forget_last(self, rows: Iterable[int]) -> None:
-        """Take the last token of some live branches out of the KV tree again."""
+        """Take the last token of some rows out of the KV tree again."""
         tree = self.runner.tree
         for row in rows:
-            handle = self._live[row].handle
+            handle = self._rows[row].handle
             tree.truncate(handle, tree.num_tokens(handle) - 1)
 
-    def _reasons(self, tokens: Sequence[int]) -> list[StopReason | None]:
-        """Why each live branch stops at the token just drawn, None = it goes on."""
-        reasons: list[StopReason | None] = []
-        for one, token in zip(self._live, tokens, strict=True):
-            rules, parent, left = one.branch.stops, one.branch.parent, self._tokens_left(one.branch)
-            reason = None
-            if self._stops.may_end(rules, parent.recent, one.tokens, token, left, parent.carry):
-                so_far = [*one.tokens, token]
-                reason = self._stops.reason(rules, parent.recent, so_far, left, parent.num_written, parent.carry)
-            reasons.append(reason)
-        return reasons
+    def _reason(self, row: _Row, token: int) -> StopReason | None:
+        """Why those of a row who drew this token stop, None = they go on."""
+        rules, parent, left = row.first.stops, row.first.parent, self._tokens_left(row.first)
+        if not self._stops.may_end(rules, parent.recent, row.tokens, token, left, parent.carry):
+            return None
+        return self._stops.reason(rules, parent.recent, [*row.tokens, token], left, parent.num_written, parent.carry)
 
     def _means(self, rows: list[int]) -> NDArray[np.float32]:
-        """Mean of the states that each of these live branches has read, or its only one. [F, hidden]."""
+        """Mean of the states that each of these rows has read, or its only one. [F, hidden]."""
         if not rows:
             return np.empty((0, self.runner.hidden_size), dtype=np.float32)
-        device = self.runner.device
-        read = upload([len(self._live[row].tokens) for row in rows], device, torch.int64)[:, None]
-        states = self._states[upload([self._live[row].state for row in rows], device, torch.int64)]
-        sums = self._sums[upload(rows, device, torch.int64)]
+        read = self._index([len(self._rows[row].tokens) for row in rows])[:, None]
+        states = self._states[self._index([self._rows[row].state for row in rows])]
+        sums = self._sums[self._index(rows)]
         return torch.where(read > 0, sums / read.clamp_min(1), states.float()).cpu().numpy()
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        return upload(numbers, self.runner.device, torch.int64)
 
     def _tokens_left(self, branch: Branch) -> int:
         return min(branch.max_tokens, self.runner.context_tokens - branch.parent.path_tokens)
@@ -319,66 +416,50 @@ class StepDecoder:
 
         Shape [B] each, on the device, which may not have them yet. Repeating it gives the same tokens.
         """
-        live, device = self._live, self.runner.device
+        live = [one for row in self._rows for one in row.members]
         params = [one.branch.sampling for one in live]
         draws = uniforms(
             [one.branch.seed for one in live],
             [one.branch.node for one in live],
-            [one.branch.parent.path_tokens + len(one.tokens) for one in live],
+            [row.first.parent.path_tokens + len(row.tokens) for row in self._rows for _ in row.members],
         )
-        rows = [one.state for one in live]
-        index = None if rows == list(range(len(self._states))) else upload(rows, device, torch.int64)
-        asked = [row for row, one in enumerate(live) if one.branch.needs_certainty]
+        places = [row.state for row in self._rows for _ in row.members]
+        index = None if places == list(range(len(self._states))) else self._index(places)
+        asked = [place for place, one in enumerate(live) if one.branch.needs_certainty]
         if self.runner.uses_graphs and not asked:
             tokens, logprobs = self.runner.draw(self._states if index is None else self._states[index], params, draws)
             return tokens, logprobs, torch.zeros_like(logprobs)
-        logits = self.runner.logits(self._states)  # children of one parent share a state
+        logits = self.runner.logits(self._states)  # members of one row, and rows that just joined, share a state
         logits = logits if index is None else logits[index]
         tokens, logprobs = draw(logits, params, draws)
         certainty = torch.zeros_like(logprobs)
         if len(asked) == len(live):
             certainty = certainties(logits)
         elif asked:
-            index = upload(asked, device, torch.int64)
+            index = self._index(asked)
             certainty[index] = certainties(logits[index])
         return tokens, logprobs, certainty
 
-    def _finish(
-        self,
-        row: int,
-        token: int,
-        logprob: float,
-        certainty: float,
-        reason: StopReason,
-        mean: NDArray[np.float32],
-    ) -> FinishedBranch:
-        """The finished step of the live branch whose last token was just drawn; changes nothing."""
-        one = self._live[row]
-        ended = token in one.branch.stops.eos_ids
-        tokens = tuple(one.tokens) if ended else (*one.tokens, token)
-        parent = one.branch.parent
-        text, carry = self._divide(one.branch, tokens, reason, ended)
+    def _end(self, part: _Part, handle: int) -> tuple[Leaf, tuple[int, ...], str]:
+        """The leaf that those of a row who stopped at a token share, their step's tokens, and its text."""
+        row = self._rows[part.row]
+        branch, parent = row.first, row.first.parent
+        ended = part.token in branch.stops.eos_ids
+        tokens = tuple(row.tokens) if ended else (*row.tokens, part.token)
+        assert part.reason is not None
+        text, carry = self._divide(branch, tokens, part.reason, ended)
         leaf = Leaf(
-            handle=one.handle,
+            handle=handle,
             search=parent.search,
             pending=() if ended else tokens[-1:],
             recent=(*parent.recent, *tokens)[-CONTEXT_TOKENS:],
             path_tokens=parent.path_tokens + len(tokens),
             prompt_tokens=parent.prompt_tokens,
-            hidden=self._states[one.state].clone() if ended else None,
+            hidden=self._states[row.state].clone() if ended else None,
             carry=carry,
+            holders=len(part.members),
         )
-        return FinishedBranch(
-            one.branch,
-            leaf,
-            tokens,
-            text,
-            reason,
-            mean.copy(),  # not a view that keeps those of the whole batch
-            num_sampled=len(one.tokens) + 1,
-            logprob=one.logprob + logprob,
-            certainty=one.certainty + certainty,
-        )
+        return leaf, tokens, text
 
     def _divide(self, branch: Branch, tokens: tuple[int, ...], reason: StopReason, ended: bool) -> tuple[str, str]:
         """Text of a finished step, and what its tokens carry over to the next one."""
@@ -399,17 +480,13 @@ class StepDecoder:
             *(branch, leaf, (), parent.carry, StopReason.LENGTH, empty), num_sampled=0, logprob=0.0, certainty=0.0
         )
 
-    def _keep(self, rows: list[int], states: torch.Tensor | None = None) -> None:
-        """Keep only these live branches, each with a hidden state of its own: the given ones, or those it has."""
-        device = self.runner.device
-        if states is None:
-            states = self._states[upload([self._live[row].state for row in rows], device, torch.int64)]
-        self._states = states
-        if len(rows) < len(self._live):
-            self._sums = self._sums[upload(rows, device, torch.int64)]
-            self._live = [self._live[row] for row in rows]
-        for state, one in enumerate(self._live):
-            one.state = state
+    def _keep(self, rows: list[_Row], places: Sequence[int], states: torch.Tensor) -> None:
+        """Go on with these rows, their places among the rows before, and a hidden state for each."""
+        if list(places) != list(range(len(self._rows))):
+            self._sums = self._sums[self._index(places)]
+        self._rows, self._states = rows, states
+        for state, row in enumerate(rows):
+            row.state = state
 
     # ------------------------------------------------------------------ accounting
 

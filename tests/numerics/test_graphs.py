@@ -33,7 +33,7 @@ def search_steps(decoder: StepDecoder, width: int = 12, rounds: int = 3) -> Foun
         steps = decoder.run()
         tree.check_integrity()
         for step in steps:
-            assert tree.num_tokens(step.leaf.handle) == len(step.token_ids) - len(step.leaf.pending)
+            assert tree.path_tokens(step.leaf.handle) == step.leaf.path_tokens - len(step.leaf.pending)
             found.append((step.token_ids, step.stop.name, round(step.logprob, 2)))
         for leaf in leaves:
             decoder.release(leaf)

@@ -22,8 +22,16 @@ class KVTreeMachine(RuleBasedStateMachine):
         self.tree = PrefixTree(pool)
         self.parent: dict[int, int] = {}
         self.count: dict[int, int] = {}
+        self.lent: dict[int, int] = {}  # slots of an ancestor's page that a node's first tokens take
+        self.tenant: dict[int, int] = {}  # who has the rest of a node's last page
         self.held: set[int] = set()
         self.peak = 0
+
+    def pages(self, node: int, more: int = 0) -> int:
+        return max(0, -(-(self.count[node] + more - self.lent.get(node, 0)) // PAGE_TOKENS))
+
+    def room(self, node: int) -> int:
+        return self.lent.get(node, 0) + self.pages(node) * PAGE_TOKENS - self.count[node]
 
     def alive(self) -> set[int]:
         alive = set()
@@ -45,10 +53,14 @@ class KVTreeMachine(RuleBasedStateMachine):
         self.held.add(handle)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def fork(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), fill_page=st.booleans())
+    def fork(self, data: st.DataObject, fill_page: bool) -> None:
         parent = data.draw(st.sampled_from(sorted(self.held)))
-        handle = self.tree.fork(parent)
+        if fill_page and self.room(parent) and self.tenant.get(parent) not in self.alive():
+            self.tenant[parent] = self.tree.fork(parent, fill_page=True)
+            handle, self.lent[self.tenant[parent]] = self.tenant[parent], self.room(parent)
+        else:
+            handle = self.tree.fork(parent, fill_page=fill_page)
         self.parent[handle], self.count[handle] = parent, 0
         self.held.add(handle)
 
@@ -57,8 +69,8 @@ class KVTreeMachine(RuleBasedStateMachine):
     def append(self, data: st.DataObject, count: int) -> None:
         leaf = data.draw(st.sampled_from(self.leaves()))
         before = self.tree.slots(leaf).tolist()
-        pages = sum(-(-self.count[node] // PAGE_TOKENS) for node in self.alive())
-        wanted = -(-(self.count[leaf] + count) // PAGE_TOKENS) - -(-self.count[leaf] // PAGE_TOKENS)
+        pages = sum(self.pages(node) for node in self.alive())
+        wanted = self.pages(leaf, count) - self.pages(leaf)
         if pages + wanted > MAX_TOKENS // PAGE_TOKENS:
             with pytest.raises(PoolExhaustedError, match=str(MAX_TOKENS)):
                 self.tree.append(leaf, count)
@@ -84,10 +96,13 @@ class KVTreeMachine(RuleBasedStateMachine):
         self.tree.truncate(leaf, keep)
         self.count[leaf] = keep
 
-    @precondition(lambda self: any(self.count[node] >= PAGE_TOKENS for node in self.alive()))
+    def whole(self) -> list[int]:
+        return sorted(one for one in self.alive() if self.count[one] >= PAGE_TOKENS and not self.lent.get(one))
+
+    @precondition(lambda self: self.whole())
     @rule(data=st.data())
     def split(self, data: st.DataObject) -> None:
-        node = data.draw(st.sampled_from(sorted(n for n in self.alive() if self.count[n] >= PAGE_TOKENS)))
+        node = data.draw(st.sampled_from(self.whole()))
         pages = data.draw(st.integers(1, self.count[node] // PAGE_TOKENS))
         before = self.tree.slots(node).tolist()
         upper = self.tree.split(node, pages * PAGE_TOKENS)
@@ -99,6 +114,13 @@ class KVTreeMachine(RuleBasedStateMachine):
         if self.count[node]:
             with pytest.raises(ValueError, match="multiple"):
                 self.tree.split(node, self.count[node] + PAGE_TOKENS)
+
+    @precondition(lambda self: any(map(self.lent.get, self.alive())))
+    @rule(data=st.data())
+    def split_in_a_page_of_another_is_refused(self, data: st.DataObject) -> None:
+        node = data.draw(st.sampled_from(sorted(one for one in self.alive() if self.lent.get(one))))
+        with pytest.raises(ValueError, match="in another's"):
+            self.tree.split(node, PAGE_TOKENS)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -116,7 +138,7 @@ class KVTreeMachine(RuleBasedStateMachine):
         assert {node for node in self.parent if node in self.tree} == alive
         assert self.tree.resident_tokens == sum(self.count[node] for node in alive)
         assert self.tree.resident_tokens == sum(self.tree.resident_tokens_of(owner) for owner in ("a", "b", None))
-        assert self.tree.resident_pages == sum(-(-self.count[node] // PAGE_TOKENS) for node in alive)
+        assert self.tree.resident_pages == sum(self.pages(node) for node in alive)
         self.peak = max(self.peak, self.tree.resident_tokens)
         assert self.tree.peak_tokens == self.peak
         owned = [slot for node in alive for slot in self.tree.slots(node).tolist()]
