@@ -71,13 +71,18 @@ def build_result(
     )
 
 
-def tree_kv(tree: SearchTree, *, peak_tokens: int, mean_tokens: float, bytes_per_token: int) -> KVStats:
-    """KV figures of the policy whose steps a tree holds; the arguments are as in `KVStats`."""
+def tree_kv(
+    tree: SearchTree, *, peak_tokens: int, mean_tokens: float, bytes_per_token: int, unique_tokens: int | None = None
+) -> KVStats:
+    """KV figures of the policy whose steps a tree holds; the arguments are as in `KVStats`.
+
+    Without `unique_tokens`, no two steps of the tree share anything.
+    """
     return KVStats(
         peak_tokens=peak_tokens,
         mean_tokens=mean_tokens,
         bytes_per_token=bytes_per_token,
-        unique_tokens=tree.unique_tokens,
+        unique_tokens=tree.unique_tokens if unique_tokens is None else unique_tokens,
         path_tokens=tree.path_tokens,
         published_tokens=tree.published_tokens,
     )

@@ -93,7 +93,7 @@ class KVStats(Value):
         peak_tokens: Most tokens resident at any decode step.
         mean_tokens: Mean of resident tokens over decode steps.
         bytes_per_token: Layers x 2 x KV heads x head dim x itemsize.
-        unique_tokens: Tokens over all distinct nodes ever created.
+        unique_tokens: Distinct tokens over all nodes ever created: what steps share, as equal ones do, counts once.
         path_tokens: Sum over all leaves ever created of their whole path.
         published_tokens: The published cumulative metric: tokens on the union of root-to-candidate
             paths, before pruning, summed over selections; None for a verifier, the metric counts the policy's.
@@ -132,6 +132,7 @@ class Timing(Value):
         select_s: In the selector (allocation, clustering, integer program).
         bytes_moved: Weights plus distinct KV read, summed over all forward passes of both models.
         decode_steps: Forward passes of the policy that extend live branches by a token.
+        read_tokens: Tokens that the policy's passes computed: one that several branches share once.
     """
 
     wall_s: float
@@ -140,6 +141,7 @@ class Timing(Value):
     select_s: float
     bytes_moved: int
     decode_steps: int
+    read_tokens: int = 0
 
     @property
     def bandwidth_gb_s(self) -> float:

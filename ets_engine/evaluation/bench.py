@@ -201,8 +201,7 @@ def record_of(
     is_here = num_parameters is not None
     flops = None
     if num_parameters is not None:
-        read = result.prompt_tokens + result.generated_tokens
-        flops = 2.0 * (num_parameters[0] * read + num_parameters[1] * result.verifier_tokens)
+        flops = 2.0 * (num_parameters[0] * result.timing.read_tokens + num_parameters[1] * result.verifier_tokens)
     return Record(
         **_asked(job, concurrency),
         outcomes={vote: _outcome(result, job.problem, vote, mode) for vote in job.method.votes},

@@ -12,7 +12,7 @@ from ets_engine.config import SearchConfig
 from ets_engine.errors import PoolExhaustedError
 from ets_engine.messages import Prompt
 from ets_engine.models.formats import PolicyFormat
-from ets_engine.models.paths import ancestors
+from ets_engine.models.paths import ancestors, count_distinct
 from ets_engine.runtime import Branch, DecodeUsage, FinishedBranch, Leaf, SamplingParams, StepDecoder, StopRules
 from ets_engine.scorers import StepEvidence
 from ets_engine.types import Step, StopReason
@@ -32,6 +32,9 @@ class TreePolicy:
         search: Name of this search among those of the decoder.
         tools: Functions that the policy may call.
         needs_certainty: Whether `StepEvidence.certainty` is to be filled.
+
+    Attributes:
+        distinct_tokens: Of the steps of all rounds; what they share with one another counts once.
     """
 
     def __init__(
@@ -69,6 +72,9 @@ class TreePolicy:
         self._needs_certainty = needs_certainty
         self._evidence: dict[int, StepEvidence] = {}  # of each node of the last round
         self._steps: dict[int, Step] = {}  # the decoded ones among those children
+        self._first = {0: 0}  # the first node with an equal path, of each that may be a parent
+        self._is_counted = True  # whether `distinct_tokens` has the steps of the round
+        self.distinct_tokens = 0
 
     def start(self) -> int:
         """Take the prompt as node 0; it is read together with the first step.
@@ -90,7 +96,7 @@ class TreePolicy:
     def submit(self, parents: Sequence[int], children: Sequence[int]) -> None:
         """Queue one step per child, `children[i]` below `parents[i]`."""
         self._parents = dict(zip(children, parents, strict=True))
-        self._steps, self._evidence = {}, {}
+        self._steps, self._evidence, self._is_counted = {}, {}, False
         self._queue(children)
 
     @property
@@ -159,7 +165,23 @@ class TreePolicy:
         """The steps of the round in the order of `submit`, None while some are being decoded."""
         if len(self._steps) < len(self._parents):
             return None
+        if not self._is_counted:
+            self._count()
         return [self._steps[child] for child in self._parents]
+
+    def _count(self) -> None:
+        """Look at the round once all of it is there: which steps are equal, and how many tokens they have."""
+        self._is_counted = True
+        decoded = [child for child in self._parents if child in self._paths]
+        alike: dict[tuple[int, tuple[int, ...]], int] = {}
+        below: dict[int, list[tuple[int, ...]]] = {}
+        for child in decoded:
+            parent, ids = self._paths[child]
+            above = self._first[parent]
+            self._first[child] = alike.setdefault((above, ids), child) if self._decoder.merges else child
+            below.setdefault(above, []).append(ids)
+        count = count_distinct if self._decoder.merges else lambda steps: sum(map(len, steps))
+        self.distinct_tokens += sum(map(count, below.values()))
 
     def retain(self, leaves: Sequence[int]) -> None:
         """Free the KV of every path that leads to none of these nodes, at once."""
@@ -170,6 +192,7 @@ class TreePolicy:
         self._leaves = kept
         self._paths = {node: self._paths[node] for node in ancestors(kept, self._paths)}
         self._carries = {node: carry for node, carry in self._carries.items() if node in kept}
+        self._first = {node: first for node, first in self._first.items() if node in kept}
 
     def drop(self) -> None:
         """Free all KV for now; steps that are not decoded yet begin anew after `restore`."""
@@ -188,11 +211,17 @@ class TreePolicy:
         closed = {node for node, step in self._steps.items() if step.stop is not StopReason.BOUNDARY}
         open_nodes = set(self._dropped) - closed
         built: dict[int, Leaf] = {}
+        alike: dict[Hashable, Leaf] = {}  # one for all equal steps below one leaf, as when they were decoded
         try:
             for node in ancestors(open_nodes, self._paths):
                 parent, ids = self._paths[node]
-                if parent >= 0:
+                step = (id(built[parent]), ids) if parent >= 0 and self._decoder.merges else node
+                if step in alike:
+                    built[node] = alike[step]
+                    built[node].holders += 1
+                elif parent >= 0:
                     built[node] = self._decoder.follow(built[parent], ids, self._carries.get(node, ""))
+                    alike[step] = built[node]
                 else:
                     counted = self.usage.prompt_tokens, self.usage.cached_prompt_tokens
                     built[node] = self._decoder.start(ids, self._search)

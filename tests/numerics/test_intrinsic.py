@@ -163,7 +163,7 @@ def test_only_the_searches_that_ask_are_measured(engine: ETSEngine, monkeypatch:
     rows: list[tuple[int, int]] = []
 
     def note(logits: torch.Tensor) -> torch.Tensor:
-        rows.append((len(logits), sum(live.branch.needs_certainty for live in decoder._live)))
+        rows.append((len(logits), sum(one.branch.needs_certainty for row in decoder._rows for one in row.members)))
         return certainties(logits)
 
     scheduler = engine._worker._scheduler

@@ -131,7 +131,7 @@ def test_searches_of_all_kinds_share_batches_and_each_is_as_if_alone(
         return extend(self, batch)
 
     def noting_step(self: StepDecoder) -> Any:
-        searches.append(len({live.branch.parent.search for live in self._live}))
+        searches.append(len({row.first.parent.search for row in self._rows}))
         return step(self)
 
     monkeypatch.setattr(Runner, "extend_last", noting_extend)
