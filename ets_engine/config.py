@@ -84,6 +84,8 @@ class SearchConfig(Config):
         node_cost: What lambda_b prices: "tokens" (ours) or "nodes" (published).
         allocation: How ETS splits the width over kept leaves: "floor_one" gives each a child first (ours), "ceil" is
             the published sequential ceiling, which may give some none.
+        merge_branches: Whether branches that draw the same tokens below the same step are computed and stored once, and
+            equal steps judged once. It changes nothing that is found; False measures what it saves.
         kv_budget_tokens: Hard cap on resident KV tokens of the policy, None = no cap.
         reduce: Step scores of a path to one trajectory score.
         vote: Trajectories to one answer.
@@ -110,6 +112,7 @@ class SearchConfig(Config):
     cluster_cut: float = Field(default=0.2, ge=0.0, le=2.0)
     node_cost: Literal["tokens", "nodes"] = "tokens"
     allocation: Literal["floor_one", "ceil"] = "floor_one"
+    merge_branches: bool = True
     kv_budget_tokens: int | None = Field(default=None, ge=1)
     reduce: Reduce = "last"
     vote: Vote = "weighted"
@@ -133,8 +136,6 @@ class EngineConfig(Config):
             make room as soon as a search needs it. 0 = none.
         cuda_graphs: Whether decode passes are captured as CUDA graphs, "auto" = where the model allows it. Faster at
             every size that a GPU does in less time than its host needs to launch it.
-        merge_branches: Whether branches that drew the same tokens below the same step are computed and stored once, and
-            equal steps judged once. It changes nothing that a search finds; False is for measuring what it saves.
         compile_layers: Whether decoder layers go through torch.compile: the first passes take tens of seconds, later
             ones less than without.
         max_queued_searches: Most searches that wait for room in the KV pools; one more is refused.
@@ -158,7 +159,6 @@ class EngineConfig(Config):
     prefill_chunk_tokens: int = Field(default=2048, ge=1)
     prefix_cache_tokens: int = Field(default=16384, ge=0)
     cuda_graphs: bool | Literal["auto"] = "auto"
-    merge_branches: bool = True
     compile_layers: bool = False
     max_queued_searches: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False

@@ -1,9 +1,9 @@
 """Who owns which KV pages: nodes, forks and reference counts; it never touches K or V themselves.
 
 A node's tokens are never copied, so a shared prefix is stored once however many branches go on from it. They start in
-pages of the node's own, or in what is free of its parent's last page, so that paths which part token by token take no
-more pages than if they had never shared any. A node lives while its handle is held or a descendant lives; its pages
-are free the moment both end.
+pages of the node's own, or in what is free of its parent's last page, so that paths which part token by token, while
+none of them is released, take no more pages than if they had never shared any. A node lives while its handle is held or
+a descendant lives; its pages are free the moment both end.
 """
 
 from __future__ import annotations

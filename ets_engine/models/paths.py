@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 
 def count_distinct(sequences: Iterable[Sequence[int]]) -> int:
@@ -12,12 +13,19 @@ def count_distinct(sequences: Iterable[Sequence[int]]) -> int:
         >>> count_distinct([(5, 6, 7), (5, 6, 8, 9), (5,), (5, 6, 7)])
         5
     """
-    total, before = 0, ()
-    for one in sorted(map(tuple, sequences)):
-        alike = next((place for place, (a, b) in enumerate(zip(before, one, strict=False)) if a != b), None)
-        total += len(one) - (min(len(before), len(one)) if alike is None else alike)
-        before = one
-    return total
+    ordered = sorted(map(tuple, sequences))
+    return sum(map(len, ordered)) - sum(count_alike(one, other) for one, other in pairwise(ordered))
+
+
+def count_alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two sequences begin with alike (count); among sorted ones, what the first and last share, all share.
+
+    Example:
+        >>> count_alike((5, 6, 7), (5, 6, 8, 9)), count_alike((5,), (5, 6))
+        (2, 1)
+    """
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def ancestors(nodes: Iterable[int], paths: Mapping[int, tuple[int, object]]) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from ets_engine.config import SearchConfig
 from ets_engine.errors import PoolExhaustedError
 from ets_engine.messages import Prompt
 from ets_engine.models.formats import PolicyFormat
-from ets_engine.models.paths import ancestors, count_distinct
+from ets_engine.models.paths import ancestors, count_alike, count_distinct
 from ets_engine.runtime import Branch, DecodeUsage, FinishedBranch, Leaf, SamplingParams, StepDecoder, StopRules
 from ets_engine.scorers import StepEvidence
 from ets_engine.types import Step, StopReason
@@ -54,6 +56,7 @@ class TreePolicy:
         self._search = search
         self._seed = config.seed
         self._max_tokens = config.max_tokens
+        self._merges = config.merge_branches
         temperature = 0.0 if config.strategy == "greedy" else config.temperature
         self._sampling = SamplingParams(temperature, config.top_p, config.top_k, config.min_p)
         self._stops = StopRules(
@@ -129,6 +132,7 @@ class TreePolicy:
                     stops=self._stops,
                     max_tokens=self._max_tokens - (leaf.path_tokens - prompt_tokens),
                     needs_certainty=self._needs_certainty,
+                    merges=self._merges,
                 )
                 for child in children
             ]
@@ -178,9 +182,9 @@ class TreePolicy:
         for child in decoded:
             parent, ids = self._paths[child]
             above = self._first[parent]
-            self._first[child] = alike.setdefault((above, ids), child) if self._decoder.merges else child
+            self._first[child] = alike.setdefault((above, ids), child) if self._merges else child
             below.setdefault(above, []).append(ids)
-        count = count_distinct if self._decoder.merges else lambda steps: sum(map(len, steps))
+        count = count_distinct if self._merges else lambda steps: sum(map(len, steps))
         self.distinct_tokens += sum(map(count, below.values()))
 
     def retain(self, leaves: Sequence[int]) -> None:
@@ -210,30 +214,61 @@ class TreePolicy:
         """
         closed = {node for node, step in self._steps.items() if step.stop is not StopReason.BOUNDARY}
         open_nodes = set(self._dropped) - closed
+        needed = ancestors(open_nodes, self._paths)
+        held: list[Leaf] = []  # once for each time that it is held
         built: dict[int, Leaf] = {}
-        alike: dict[Hashable, Leaf] = {}  # one for all equal steps below one leaf, as when they were decoded
         try:
-            for node in ancestors(open_nodes, self._paths):
-                parent, ids = self._paths[node]
-                step = (id(built[parent]), ids) if parent >= 0 and self._decoder.merges else node
-                if step in alike:
-                    built[node] = alike[step]
-                    built[node].holders += 1
-                elif parent >= 0:
-                    built[node] = self._decoder.follow(built[parent], ids, self._carries.get(node, ""))
-                    alike[step] = built[node]
-                else:
-                    counted = self.usage.prompt_tokens, self.usage.cached_prompt_tokens
-                    built[node] = self._decoder.start(ids, self._search)
-                    self.usage.prompt_tokens, self.usage.cached_prompt_tokens = counted
+            level = needed[:1]
+            if level:
+                counted = self.usage.prompt_tokens, self.usage.cached_prompt_tokens
+                built[0] = self._decoder.start(self._paths[0][1], self._search)
+                held.append(built[0])
+                self.usage.prompt_tokens, self.usage.cached_prompt_tokens = counted
+            while level:
+                level = [node for node in needed if self._paths[node][0] in level]
+                built |= self._read_again(level, built, held)
         except BaseException:
-            for leaf in built.values():
+            for leaf in held:
                 self._decoder.release(leaf)
             raise
-        for node in built.keys() - open_nodes:
-            self._decoder.release(built.pop(node))
-        self._leaves, self._dropped = built, ()
+        self._leaves, self._dropped = {node: leaf for node, leaf in built.items() if node in open_nodes}, ()
+        for leaf in self._leaves.values():
+            held.remove(leaf)
+        for leaf in held:
+            self._decoder.release(leaf)
         self._queue(child for child in self._parents if child not in self._steps)
+
+    def _read_again(self, nodes: Sequence[int], above: Mapping[int, Leaf], held: list[Leaf]) -> dict[int, Leaf]:
+        """A leaf for each of some nodes of one depth, sharing what they shared when they were decoded.
+
+        Args:
+            nodes: What they hold is read below their parents' leaves.
+            above: The parents' leaves.
+            held: Takes every leaf, once for each time that it is held.
+        """
+        found: dict[int, Leaf] = {}
+        below: dict[tuple[int, int], tuple[Leaf, list[tuple[int, tuple[int, ...]]]]] = {}
+        for node in nodes:
+            parent, ids = self._paths[node]
+            leaf = above[parent]
+            below.setdefault((id(leaf), 0 if self._merges else node), (leaf, []))[1].append((node, ids))
+        stack = list(below.values())
+        while stack:
+            leaf, steps = stack.pop()
+            for _, group in groupby(sorted(steps, key=itemgetter(1)), key=lambda step: step[1][0]):
+                alike = list(group)
+                common = alike[0][1][: count_alike(alike[0][1], alike[-1][1])]
+                ended = [node for node, ids in alike if len(ids) == len(common)]
+                carry = self._carries.get(ended[0], "") if ended else ""
+                one = self._decoder.follow(leaf, common, carry)
+                held.append(one)
+                for node in ended:
+                    found[node] = one
+                    one.holders += 1
+                    held.append(one)
+                if rest := [(node, ids[len(common) :]) for node, ids in alike if len(ids) > len(common)]:
+                    stack.append((one, rest))
+        return found
 
     @property
     def dropped_tokens(self) -> int:

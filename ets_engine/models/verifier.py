@@ -67,6 +67,7 @@ class PrmVerifier:
         problem: What is being solved.
         search: Name of this search among those of the runner.
         read_step: What is read of a step's text, None = all of it.
+        merges: Whether equal steps are read once.
 
     Raises:
         ContextLengthError: The problem leaves no room for a step.
@@ -79,12 +80,15 @@ class PrmVerifier:
         problem: str,
         search: Hashable,
         read_step: Callable[[str], str] | None = None,
+        *,
+        merges: bool = True,
     ) -> None:
         """See the class."""
         self._runner = runner
         self._format = format
         self._search = search
         self._read_step = read_step
+        self._merges = merges
         self._root_ids = format.root_ids(problem)
         if len(self._root_ids) >= runner.context_tokens:
             raise ContextLengthError(
@@ -150,7 +154,7 @@ class PrmVerifier:
         for node, parent, text in zip(nodes, parents, texts, strict=True):
             read = text if self._read_step is None else self._read_step(text)
             above, ids = self._first[parent], self._format.step_ids(read, is_first=parent == 0)
-            equal = (above, tuple(ids)) if self._runner.config.merge_branches else node
+            equal = (above, tuple(ids)) if self._merges else node
             first = reading.first[node] = alike.setdefault(equal, node)
             handle = self._handles[above]
             if first == node and self._runner.tree.path_tokens(handle) + len(ids) <= self._runner.context_tokens:

@@ -60,6 +60,7 @@ class Branch:
         stops: When the step ends.
         max_tokens: Tokens left to the trajectory; the step ends with LENGTH when they or the context run out.
         needs_certainty: Whether `FinishedBranch.certainty` is asked for.
+        merges: Whether it may share computation and K/V with siblings that draw the same tokens.
     """
 
     parent: Leaf
@@ -69,6 +70,7 @@ class Branch:
     stops: StopRules
     max_tokens: int
     needs_certainty: bool = False
+    merges: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

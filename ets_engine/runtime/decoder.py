@@ -5,8 +5,9 @@ distinct parent reads it once, keeps its last hidden state, and all its children
 pay for it.
 
 Children of one parent that draw the same tokens are one *row*: one hidden state, one copy of the K/V, and a draw for
-each. They part where their draws do, and what they drew in common stays shared. Whoever ends a step together ends it in
-one leaf, below which their children are together again.
+each. They part where their draws do, and what they drew in common stays shared. Equal steps end in one leaf, below
+which their children are together again. Where passes run ahead of the host, on a GPU, nobody knows in time who drew
+what: each branch has a row of its own until its step ends.
 """
 
 from __future__ import annotations
@@ -76,7 +77,6 @@ class StepDecoder:
 
     def __init__(self, runner: Runner, tokenizer: Detokenizer) -> None:
         self.runner = runner
-        self.merges = runner.config.merge_branches
         self.tokenizer = tokenizer
         self._stops = StopFinder(tokenizer)
         self._readback = Readback(runner.device)
@@ -254,8 +254,8 @@ class StepDecoder:
         state_of = {id(parent): place for place, parent in enumerate(parents, start=len(self._states))}
         alike: dict[Hashable, list[_Live]] = {}
         for branch in joining:
-            rules = (id(branch.parent), id(branch.stops), branch.max_tokens, branch.needs_certainty)
-            alike.setdefault(rules if self.merges else id(branch), []).append(_Live(branch))
+            together = branch.merges and not self.runner.runs_ahead
+            alike.setdefault(_rules(branch) if together else id(branch), []).append(_Live(branch))
         for members in alike.values():
             parent = members[0].branch.parent
             handle = self.runner.tree.fork(parent.handle, fill_page=True)
@@ -272,6 +272,7 @@ class StepDecoder:
         self._readback.mark()
         ahead = self._run_ahead(drawn[0])
         forked: list[int] = []
+        leaves: dict[Hashable, Leaf] = {}  # of the steps that end now
         try:
             with self._readback.reading():
                 tokens, logprobs, certainty = (one.tolist() for one in drawn)
@@ -291,7 +292,7 @@ class StepDecoder:
                     certainty=live[place].certainty + certainty[place],
                 )
                 for (part, handle), mean in zip(ended, means, strict=True)
-                for leaf, ids, text in [self._end(part, handle)]
+                for leaf, ids, text in [self._end(part, handle, leaves)]
                 for place in part.members
             ]
             states = self._states[:0]
@@ -323,10 +324,9 @@ class StepDecoder:
             else:
                 row.tokens.append(part.token)
                 kept.append(row)
-        held = set(handles)
-        for place in parted:
-            if rows[place].handle not in held:  # it lives on above those who drew on
-                tree.release(rows[place].handle)
+        held = {handle for _, handle in going} | {leaf.handle for leaf in leaves.values()}
+        for handle in {*handles, *(rows[place].handle for place in parted)} - held:
+            tree.release(handle)  # of rows that parted, which live on above those who drew on, and of equal steps
         for search, read in Counter(row.first.parent.search for row in kept).items():
             usage = self.usage(search)
             usage.read_tokens += read
@@ -339,10 +339,9 @@ class StepDecoder:
     def _run_ahead(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Feed all rows their drawn tokens ([B]) before it is known who stops; None where that cannot be done.
 
-        So the device is at work while the host looks at the tokens; who stops has done one pass in vain. A row of
-        several branches has to be looked at first: they may part.
+        So the device is at work while the host looks at the tokens; who stops has done one pass in vain.
         """
-        if not self.runner.runs_ahead or len(tokens) > len(self._rows):
+        if not self.runner.runs_ahead:
             return None
         try:
             return self.runner.extend_drawn([row.handle for row in self._rows], tokens)
@@ -365,7 +364,7 @@ class StepDecoder:
 
         The old node of such a row is its first part's where it holds no token yet, and no one's otherwise.
         """
-        tree = self.runner.tree
+        tree, going = self.runner.tree, {part.row for part in parts if part.reason is None}
         num_parts = Counter(part.row for part in parts)
         handles: list[int] = []
         taken: set[int] = set()
@@ -373,7 +372,7 @@ class StepDecoder:
             handle = self._rows[part.row].handle
             if num_parts[part.row] > 1:
                 if tree.num_tokens(handle):
-                    handle = tree.fork(handle, fill_page=part.reason is None)
+                    handle = tree.fork(handle, fill_page=part.reason is None or part.row not in going)
                     forked.append(handle)
                 elif part.row in taken:
                     handle = tree.fork(tree.parent(handle))
@@ -440,15 +439,22 @@ class StepDecoder:
             certainty[index] = certainties(logits[index])
         return tokens, logprobs, certainty
 
-    def _end(self, part: _Part, handle: int) -> tuple[Leaf, tuple[int, ...], str]:
-        """The leaf that those of a row who stopped at a token share, their step's tokens, and its text."""
+    def _end(self, part: _Part, handle: int, leaves: dict[Hashable, Leaf]) -> tuple[Leaf, tuple[int, ...], str]:
+        """The leaf in which those of a row who stopped at a token end, their step's tokens, and its text.
+
+        It is one of `leaves` if an equal step ended there, or joins them.
+        """
         row = self._rows[part.row]
         branch, parent = row.first, row.first.parent
         ended = part.token in branch.stops.eos_ids
         tokens = tuple(row.tokens) if ended else (*row.tokens, part.token)
         assert part.reason is not None
         text, carry = self._divide(branch, tokens, part.reason, ended)
-        leaf = Leaf(
+        step = (*_rules(branch), ended, tokens) if branch.merges else id(row.members[0])
+        if step in leaves:
+            leaves[step].holders += len(part.members)
+            return leaves[step], tokens, text
+        leaves[step] = leaf = Leaf(
             handle=handle,
             search=parent.search,
             pending=() if ended else tokens[-1:],
@@ -511,3 +517,8 @@ class StepDecoder:
         resident = self.runner.tree.resident_tokens_of(search) + usage.shared_tokens
         usage.peak_tokens = max(usage.peak_tokens, resident)
         return resident
+
+
+def _rules(branch: Branch) -> tuple[Hashable, ...]:
+    """What branches must have in common to be one for as long as they draw the same tokens."""
+    return id(branch.parent), id(branch.stops), branch.max_tokens, branch.needs_certainty

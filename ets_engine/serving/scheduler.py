@@ -240,7 +240,9 @@ class Scheduler:
             job.judge = CallableVerifier(verifier, job.problem)
         else:
             assert models.verifier is not None
-            job.judge = PrmVerifier(*models.verifier, job.prm_problem, job.number, job.read_step)
+            job.judge = PrmVerifier(
+                *models.verifier, job.prm_problem, job.number, job.read_step, merges=job.config.merge_branches
+            )
         self._check_fit(job)
         job.searching = search(job.config, job.selector, clock=time.perf_counter)
         job.request = next(job.searching)

@@ -1,6 +1,6 @@
 """Branches that drew the same tokens are computed, stored and judged once, and nothing but the cost may tell.
 
-The oracle is the same work with `merge_branches=False`. Seeds are fixed: a draw that falls between the two, which read
+The oracle is the same work without merging. Seeds are fixed: a draw that falls between the two, which read
 batches of different sizes, has odds of about 1e-6 per token.
 """
 
@@ -48,8 +48,8 @@ LIMITS = (3, 12, 40)  # tokens of a trajectory
 Path = tuple[object, ...]  # from the prompt: tokens, each with what makes it another's than an equal one
 
 
-def decoder_for(merges: bool, name: str = "llama", letters: int = LETTERS, **settings: Any) -> StepDecoder:
-    config = EngineConfig(page_tokens=4, prefix_cache_tokens=0, merge_branches=merges, **settings)
+def decoder_for(name: str = "llama", letters: int = LETTERS, **settings: Any) -> StepDecoder:
+    config = EngineConfig(page_tokens=4, prefix_cache_tokens=0, **settings)
     return StepDecoder(Runner(tiny_model(name, vocab_size=letters), config), Letters())
 
 
@@ -75,7 +75,7 @@ class Pair:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.decoders = decoder_for(True, **settings), decoder_for(False, **settings)
+        self.decoders = decoder_for(**settings), decoder_for(**settings)
         self.trees = [decoder.runner.tree for decoder in self.decoders]
         self.leaves = {0: [decoder.start(PROMPT_IDS, "a") for decoder in self.decoders]}
         self.parent: dict[int, int] = {}
@@ -88,10 +88,10 @@ class Pair:
     def submit(self, parent: int, samplings: Sequence[SamplingParams], rules: StopRules, max_tokens: int) -> None:
         first, left = len(self.parent) + 1, max_tokens - self.leaves[parent][0].num_written
         nodes = range(first, first + len(samplings))
-        for decoder, leaf in zip(self.decoders, self.leaves[parent], strict=True):
+        for decoder, leaf, merges in zip(self.decoders, self.leaves[parent], (True, False), strict=True):
             decoder.submit(
                 [
-                    Branch(leaf, node, 5, sampling, rules, left, needs_certainty=True)
+                    Branch(leaf, node, 5, sampling, rules, left, needs_certainty=True, merges=merges)
                     for node, sampling in zip(nodes, samplings, strict=True)
                 ]
             )
@@ -172,12 +172,24 @@ def grow(pair: Pair, rng: Random, num_steps: int = 40, *, prunes: bool = True) -
 # ---------------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_ahead_of_the_host_equal_steps_end_in_one_leaf(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "runs_ahead", True)
+    pair = Pair()
+    grow(pair, Random(seed), prunes=False)
+    ends: dict[object, set[int]] = {}
+    for node, step in pair.steps.items():
+        if step.num_sampled:
+            ends.setdefault((pair.path(node, 0), step.num_sampled), set()).add(id(pair.leaves[node][0]))
+    assert all(len(leaves) == 1 for leaves in ends.values())
+    merged, plain = (decoder.usage("a") for decoder in pair.decoders)
+    assert merged.mean_tokens < plain.mean_tokens and merged.generated_tokens == plain.generated_tokens
+    assert all(merged <= plain for merged, plain in pair.pages)
+    pair.finish()
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_merging_finds_the_same_and_holds_each_prefix_once(
-    seed: int, runs_ahead: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Runner, "runs_ahead", runs_ahead)
+def test_merging_finds_the_same_and_holds_each_prefix_once(seed: int) -> None:
     pair = Pair()
     grow(pair, Random(seed))
     pair.check()
@@ -207,7 +219,7 @@ def test_while_nothing_is_given_back_merging_takes_no_more_pages(seed: int) -> N
 
 def test_greedy_branches_are_one_whatever_their_nodes() -> None:
     """Two rounds of 20 branches: one row, one node of KV and one leaf each; the last of its holders frees it."""
-    decoder = decoder_for(True)
+    decoder = decoder_for()
     tree, prompt = decoder.runner.tree, decoder.start(PROMPT_IDS, "a")
     decoder.submit([Branch(prompt, node, 5, GREEDY, RULES[0], 40) for node in range(1, 21)])
     first = decoder.run()
@@ -228,7 +240,7 @@ def test_greedy_branches_are_one_whatever_their_nodes() -> None:
 
 
 def test_what_differs_in_its_limits_or_in_what_it_asks_for_is_not_one_row() -> None:
-    decoder = decoder_for(True)
+    decoder = decoder_for()
     prompt = decoder.start(PROMPT_IDS, "a")
     four, seven = (StopRules(strings=(), max_step_tokens=tokens) for tokens in (4, 7))
     asked = [(four, 2, False), (four, 40, False), (four, 40, True), (seven, 40, True), (four, 3, True)]
@@ -257,7 +269,7 @@ def begin(decoder: StepDecoder) -> None:
 @pytest.fixture(scope="module")
 def expected() -> dict[int, FinishedBranch]:
     """What `begin`'s branches find undisturbed."""
-    decoder = decoder_for(True)
+    decoder = decoder_for()
     begin(decoder)
     return {step.branch.node: step for step in decoder.run()}
 
@@ -308,7 +320,7 @@ def test_a_pool_that_is_full_as_rows_part_changes_nothing(
     monkeypatch.setattr(Runner, "runs_ahead", runs_ahead)
     parted = 0
     for free_pages in range(2, 22, 2):
-        decoder = decoder_for(True, kv_pool_tokens=200)
+        decoder = decoder_for(kv_pool_tokens=200)
         other = decoder.start([3] * (200 - 4 * free_pages), "b")
         decoder.open([other])
         begin(decoder)
@@ -325,7 +337,7 @@ def test_a_forward_pass_that_fails_as_rows_part_changes_nothing(
     monkeypatch.setattr(Runner, "runs_ahead", runs_ahead)
     parted = 0
     for failing in range(9):
-        decoder = decoder_for(True)
+        decoder = decoder_for()
         layer, calls = decoder.runner.model.model.layers[1], count()
         usual = layer.forward
 
@@ -345,7 +357,7 @@ def test_a_forward_pass_that_fails_as_rows_part_changes_nothing(
 @pytest.mark.parametrize("num_steps", range(1, 9, 2))
 def test_a_search_can_be_cancelled_among_others(expected: dict[int, FinishedBranch], num_steps: int) -> None:
     """Whatever parted before, the other search finds what it finds alone, and nothing of the cancelled one is left."""
-    decoder = decoder_for(True)
+    decoder = decoder_for()
     tree = decoder.runner.tree
     other = decoder.start([4, 7, 3], "b")
     decoder.submit([Branch(other, node, 9, MILD, NINE, 40) for node in range(1, 7)])
@@ -375,9 +387,9 @@ ROOT_TOKENS = 1 + len(PROBLEM) + 1
 
 
 def verifier_for(merges: bool, **settings: Any) -> tuple[PrmVerifier, Runner]:
-    config = EngineConfig(page_tokens=4, prefix_cache_tokens=0, merge_branches=merges, **settings)
+    config = EngineConfig(page_tokens=4, prefix_cache_tokens=0, **settings)
     runner = Runner(tiny_prm("llama"), config)
-    return PrmVerifier(runner, TrlFormat(tiny_tokenizer()), PROBLEM, search="a"), runner
+    return PrmVerifier(runner, TrlFormat(tiny_tokenizer()), PROBLEM, search="a", merges=merges), runner
 
 
 @pytest.mark.parametrize("drops", [False, True])
@@ -469,9 +481,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def engines(folders: tuple[str, str]) -> tuple[ETSEngine, ETSEngine]:
-    """One that merges, and one that does not."""
-    return engine_for(folders), engine_for(folders, merge_branches=False)
+def engine(folders: tuple[str, str]) -> ETSEngine:
+    return engine_for(folders)
 
 
 def engine_for(folders: tuple[str, str], **changes: Any) -> ETSEngine:
@@ -514,28 +525,26 @@ def check_nothing_is_left(engine: ETSEngine) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 0.6])
 @pytest.mark.parametrize("strategy", ["best_of_n", "beam", "rebase", "ets"])
-def test_a_search_finds_the_same_for_less(
-    engines: tuple[ETSEngine, ETSEngine], strategy: str, temperature: float
-) -> None:
-    merged, plain = (engine.search(PROBLEM, settings(strategy=strategy, temperature=temperature)) for engine in engines)
+def test_a_search_finds_the_same_for_less(engine: ETSEngine, strategy: str, temperature: float) -> None:
+    merged, plain = (
+        engine.search(PROBLEM, settings(strategy=strategy, temperature=temperature, merge_branches=merges))
+        for merges in (True, False)
+    )
     check_same(merged, plain)
     assert merged.kv and plain.kv and merged.verifier_kv and plain.verifier_kv
     assert merged.kv.mean_tokens < plain.kv.mean_tokens and merged.kv.peak_tokens <= plain.kv.peak_tokens
     assert merged.verifier_tokens <= plain.verifier_tokens
     assert merged.verifier_kv.mean_tokens <= plain.verifier_kv.mean_tokens
     assert merged.verifier_kv.path_tokens == plain.verifier_kv.path_tokens
-    for engine in engines:
-        check_nothing_is_left(engine)
+    check_nothing_is_left(engine)
 
 
 def test_the_shipped_models_find_the_same_for_less() -> None:
-    problem, config = "Use 4, 6, 10 and 19 to make 16.", SearchConfig(width=8, trace=True)
+    problem = "Use 4, 6, 10 and 19 to make 16."
     results: list[SearchResult] = []
-    for merges in (True, False):
-        with ETSEngine.from_pretrained(
-            "reference", config=EngineConfig(device="cpu", dtype="float32", merge_branches=merges)
-        ) as engine:
-            results.append(engine.search(problem, config))
+    with ETSEngine.from_pretrained("reference", config=EngineConfig(device="cpu", dtype="float32")) as engine:
+        for merges in (True, False):
+            results.append(engine.search(problem, SearchConfig(width=8, trace=True, merge_branches=merges)))
             check_nothing_is_left(engine)
     check_same(*results)
     merged, plain = results
@@ -545,7 +554,7 @@ def test_the_shipped_models_find_the_same_for_less() -> None:
 
 @pytest.mark.parametrize("pool_tokens", [160, 240])
 def test_searches_that_lose_their_memory_find_the_same(
-    engines: tuple[ETSEngine, ETSEngine], folders: tuple[str, str], pool_tokens: int
+    engine: ETSEngine, folders: tuple[str, str], pool_tokens: int
 ) -> None:
     """Together they take the KV from each other, in the middle of steps and of rows."""
     jobs = [(problem, settings(seed=seed)) for seed, problem in enumerate(PROBLEMS)]
@@ -555,16 +564,16 @@ def test_searches_that_lose_their_memory_find_the_same(
         scheduler = small._worker._scheduler
         assert scheduler is not None and scheduler.num_dropped > 0, "the pool was too small for all"
     for result, job in zip(results, jobs, strict=True):
-        check_same(result, engines[1].search(*job))
+        check_same(result, engine.search(job[0], job[1].model_copy(update={"merge_branches": False})))
         assert result.num_errors == 0
 
 
 @pytest.mark.parametrize("num_advanced", [0, 2, 5, 6])
-def test_equal_steps_share_again_after_a_drop(engines: tuple[ETSEngine, ETSEngine], num_advanced: int) -> None:
+def test_equal_steps_share_again_after_a_drop(engine: ETSEngine, num_advanced: int) -> None:
     """A greedy policy: all its branches are one, before and after its KV was dropped in or after the second round."""
-    scheduler = engines[0]._worker._scheduler
+    scheduler = engine._worker._scheduler
     assert scheduler is not None
-    decoder, format = scheduler._models.decoder, engines[0]._format
+    decoder, format = scheduler._models.decoder, engine._format
     tree, found = decoder.runner.tree, []
     for drops in (False, True):
         policy = TreePolicy(decoder, format, PROBLEM, settings(temperature=0.0), "mine")
@@ -589,5 +598,31 @@ def test_equal_steps_share_again_after_a_drop(engines: tuple[ETSEngine, ETSEngin
         policy.retain([10])
         assert tree.resident_tokens_of("mine") == prompt_tokens + 6 + 6 + 5
         policy.close()
-        check_nothing_is_left(engines[0])
+        check_nothing_is_left(engine)
+    assert found[0] == found[1]
+
+
+def test_equal_steps_below_other_steps_stay_apart_after_a_drop(engine: ETSEngine) -> None:
+    """Steps of one token, so that many are equal, below parents that are not."""
+    scheduler = engine._worker._scheduler
+    assert scheduler is not None
+    found = []
+    for drops in (False, True):
+        one_token = settings(max_step_tokens=1, temperature=0.7)
+        policy = TreePolicy(scheduler._models.decoder, engine._format, PROBLEM, one_token, "mine")
+        policy.start()
+        kept, rounds = [0], []
+        for depth in range(4):
+            parents, children = kept * (8 if depth == 0 else 2), count(100 * depth + 1)
+            nodes = dict(zip(children, parents, strict=False))
+            steps = dict(zip(nodes, policy.expand([*nodes.values()], [*nodes]), strict=True))
+            rounds.append(steps)
+            kept = [node for node, step in steps.items() if step.stop is StopReason.BOUNDARY][:12]
+            policy.retain(kept)
+            if drops:
+                policy.drop()
+                policy.restore()
+        found.append(rounds)
+        policy.close()
+        check_nothing_is_left(engine)
     assert found[0] == found[1]

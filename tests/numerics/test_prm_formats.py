@@ -84,7 +84,7 @@ def test_separators_are_a_setting() -> None:
 def test_scores_of_a_random_tree(published: Published, tmp_path: Path) -> None:
     runner, format = load_prm(published.save(tmp_path, shards=3), CPU)
     assert format.name == published.kind, "told from the folder alone"
-    verifier = PrmVerifier(runner, format, PROBLEM, search="a")
+    verifier = PrmVerifier(runner, format, PROBLEM, search="a", merges=False)
     rng = Random(published.kind)
     paths: dict[int, list[str]] = {0: []}
     scores: dict[int, float] = {}

@@ -226,8 +226,7 @@ def test_pruned_pages_are_free_before_the_next_forward_pass(engine: ETSEngine, m
 
     monkeypatch.setattr(TreePolicy, "retain", noting_retain)
     monkeypatch.setattr(Runner, "_forward", noting_forward)
-    monkeypatch.setattr(models(engine).decoder, "merges", False)  # so that each step has all of its tokens to itself
-    result = engine.search(PROBLEM, settings("beam", width=8, trace=True))
+    result = engine.search(PROBLEM, settings("beam", width=8, trace=True, merge_branches=False))
     assert result.trace is not None and len(seen) >= 3
     parents = {node.id: node.parent for node in result.trace}
     pruned = 0
