@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.runtime.branches import Branch, DecodeUsage, FinishedBranch, Leaf
 from ets_engine.runtime.runner import Runner
-from ets_engine.runtime.sampler import certainties, check_drawn, draw, uniforms
+from ets_engine.runtime.sampler import SamplingParams, certainties, check_drawn, draw, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
 from ets_engine.runtime.transfer import Readback, upload
 from ets_engine.types import StopReason
@@ -267,7 +267,7 @@ class StepDecoder:
     def _decode(self) -> list[FinishedBranch]:
         """`step` for the live branches."""
         started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
-        rows, tree = self._rows, self.runner.tree
+        rows = self._rows
         drawn = self._draw()
         self._readback.mark()
         ahead = self._run_ahead(drawn[0])
@@ -305,36 +305,49 @@ class StepDecoder:
             if ahead is not None:
                 self._forget_last(range(len(rows)))
             for handle in forked:
-                tree.release(handle)
+                self.runner.tree.release(handle)
             raise
-        # nothing below can fail: commit
-        searches = [one.branch.parent.search for one in live]
-        self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
-        for search, sampled in Counter(searches).items():
-            self.usage(search).generated_tokens += sampled
+        self._charge(
+            [one.branch.parent.search for one in live],
+            time.perf_counter() - started_s,
+            self.runner.stats.bytes_moved - moved,
+        )
         for place, one in enumerate(live):
+            self.usage(one.branch.parent.search).generated_tokens += 1
             one.logprob += logprobs[place]
             one.certainty += certainty[place]
-        parted = {part.row for part, handle in zip(parts, handles, strict=True) if handle != rows[part.row].handle}
-        kept: list[_Row] = []
+        self._go_on(going, states, ends={leaf.handle for leaf in leaves.values()}, handles=handles)
+        return finished
+
+    def _go_on(
+        self, going: Sequence[tuple[_Part, int]], states: torch.Tensor, *, ends: set[int], handles: Sequence[int]
+    ) -> None:
+        """Commit a decode step, which cannot fail any more.
+
+        Args:
+            going: Who goes on, with their KV nodes.
+            states: What each of them has read. Shape [len(going), hidden].
+            ends: KV nodes of the leaves of steps that ended.
+            handles: KV nodes of all parts.
+        """
+        live = [one for row in self._rows for one in row.members]
+        rows: list[_Row] = []
         for part, handle in going:
-            row = rows[part.row]
-            if part.row in parted:
-                kept.append(_Row([live[place] for place in part.members], handle, 0, [*row.tokens, part.token]))
-            else:
-                row.tokens.append(part.token)
-                kept.append(row)
-        held = {handle for _, handle in going} | {leaf.handle for leaf in leaves.values()}
-        for handle in {*handles, *(rows[place].handle for place in parted)} - held:
-            tree.release(handle)  # of rows that parted, which live on above those who drew on, and of equal steps
-        for search, read in Counter(row.first.parent.search for row in kept).items():
+            row = self._rows[part.row]
+            if len(part.members) < len(row.members):
+                row = _Row([live[place] for place in part.members], handle, row.state, [*row.tokens])
+            row.tokens.append(part.token)
+            rows.append(row)
+        before = {row.handle for row in self._rows}
+        for handle in (before | set(handles)) - {row.handle for row in rows} - ends:
+            self.runner.tree.release(handle)  # rows that parted live on above those who drew on; equal steps are one
+        for search, read in Counter(row.first.parent.search for row in rows).items():
             usage = self.usage(search)
             usage.read_tokens += read
             usage.decode_steps += 1
             usage.resident_token_steps += self._sample_residency(search)
-        self._keep(kept, [part.row for part, _ in going], states)
+        self._keep(rows, [part.row for part, _ in going], states)
         self._sums += states
-        return finished
 
     def _run_ahead(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Feed all rows their drawn tokens ([B]) before it is known who stops; None where that cannot be done.
@@ -416,27 +429,31 @@ class StepDecoder:
         Shape [B] each, on the device, which may not have them yet. Repeating it gives the same tokens.
         """
         live = [one for row in self._rows for one in row.members]
-        params = [one.branch.sampling for one in live]
         draws = uniforms(
             [one.branch.seed for one in live],
             [one.branch.node for one in live],
             [row.first.parent.path_tokens + len(row.tokens) for row in self._rows for _ in row.members],
         )
-        places = [row.state for row in self._rows for _ in row.members]
-        index = None if places == list(range(len(self._states))) else self._index(places)
+        kinds: dict[tuple[int, SamplingParams], int] = {}  # the distributions that tokens are drawn from
+        drawn_from = [
+            kinds.setdefault((row.state, one.branch.sampling), len(kinds)) for row in self._rows for one in row.members
+        ]
+        places, params = [state for state, _ in kinds], [sampling for _, sampling in kinds]
         asked = [place for place, one in enumerate(live) if one.branch.needs_certainty]
         if self.runner.uses_graphs and not asked:
-            tokens, logprobs = self.runner.draw(self._states if index is None else self._states[index], params, draws)
+            places, params = [places[kind] for kind in drawn_from], [one.branch.sampling for one in live]
+            states = self._states if places == list(range(len(self._states))) else self._states[self._index(places)]
+            tokens, logprobs = self.runner.draw(states, params, draws)
             return tokens, logprobs, torch.zeros_like(logprobs)
-        logits = self.runner.logits(self._states)  # members of one row, and rows that just joined, share a state
-        logits = logits if index is None else logits[index]
-        tokens, logprobs = draw(logits, params, draws)
+        logits = self.runner.logits(self._states)
+        if places != list(range(len(logits))):
+            logits = logits[self._index(places)]
+        one_each = drawn_from == list(range(len(kinds)))
+        tokens, logprobs = draw(logits, params, draws, None if one_each else drawn_from)
         certainty = torch.zeros_like(logprobs)
-        if len(asked) == len(live):
-            certainty = certainties(logits)
-        elif asked:
-            index = self._index(asked)
-            certainty[index] = certainties(logits[index])
+        if asked:
+            measured = certainties(logits[self._index([drawn_from[place] for place in asked])])
+            certainty[self._index(asked)] = measured
         return tokens, logprobs, certainty
 
     def _end(self, part: _Part, handle: int, leaves: dict[Hashable, Leaf]) -> tuple[Leaf, tuple[int, ...], str]:

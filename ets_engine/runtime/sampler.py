@@ -116,22 +116,34 @@ def check_drawn(logprobs: Sequence[float]) -> None:
 
 
 def draw(
-    logits: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    draws: NDArray[np.float64],
+    rows: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sample` that a GPU has not done yet when it returns, top-p apart; the log-probability of a bad row is NaN."""
-    if not any(one.temperature for one in params):
-        tokens = logits.argmax(-1)
-        return tokens, logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    plain = all(one.temperature == 1 for one in params)
-    temperatures = None if plain else upload([one.temperature for one in params], logits.device, torch.float32)
-    numbers = upload(draws, logits.device, torch.float64)
-    if not any(map(is_cut, params)):
+    """`sample` that a GPU has not done yet when it returns, top-p apart; the log-probability of a bad row is NaN.
+
+    Args:
+        logits: Of each distribution. Shape [R, V].
+        params: How tokens are drawn from each. Shape [R].
+        draws: As many as tokens are wanted. Shape [B].
+        rows: Which distribution each is from, None = one each.
+    """
+    device, plain = logits.device, all(one.temperature == 1 for one in params)
+    temperatures = None if plain else upload([one.temperature for one in params], device, torch.float32)
+    numbers = upload(draws, device, torch.float64)
+    is_greedy = not any(one.temperature for one in params)
+    if rows is None and not is_greedy and not any(map(is_cut, params)):
         return draw_uncut(logits, temperatures, numbers)
+    index = torch.arange(len(logits), device=device) if rows is None else upload(rows, device, torch.int64)
     logprobs = logits.float().log_softmax(-1)
-    tokens = _invert(_cut(_weights(logprobs, temperatures), params), numbers[:, None])
-    if temperatures is not None:
-        tokens = torch.where(temperatures == 0, logits.argmax(-1), tokens)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    if is_greedy:
+        tokens = logits.argmax(-1)[index]
+    else:
+        tokens = _invert(_cut(_weights(logprobs, temperatures), params), numbers[:, None], index)
+        if temperatures is not None:
+            tokens = torch.where(temperatures[index] == 0, logits.argmax(-1)[index], tokens)
+    return tokens, logprobs[index, tokens]
 
 
 def draw_uncut(
@@ -241,17 +253,25 @@ def _least(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     return torch.maximum(torch.where((k < vocabulary) | (p < 1), last, 0.0), floor * ordered[:, :1])
 
 
-def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """The token that `draw * total` falls into along the running sum of weights. [B, V], [B, 1] -> [B].
+def _invert(weights: torch.Tensor, draws: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The token that `draw * total` falls into along the running sum of weights. [R, V], [B, 1] -> [B].
 
     Sums are in fp64, and by blocks where the vocabulary is large, so that not all of it is accumulated.
+
+    Args:
+        weights: Of each distribution. Shape [R, V].
+        draws: One per token. Shape [B, 1].
+        rows: Which distribution each is from, None = one each. Shape [B].
     """
-    rows, vocabulary = weights.shape
+    count, vocabulary = weights.shape
     if vocabulary <= _BLOCK:
-        return _pick(weights, draws)[0][:, 0]
-    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
-    block, draws = _pick(blocks.sum(-1), draws)
-    inside, _ = _pick(blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0], draws)
+        return _pick(weights if rows is None else weights[rows], draws)[0][:, 0]
+    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(count, -1, _BLOCK)
+    sums = blocks.sum(-1)
+    block, draws = _pick(sums if rows is None else sums[rows], draws)
+    if rows is None:
+        rows = torch.arange(count, device=weights.device)
+    inside, _ = _pick(blocks[rows, block[:, 0]], draws)
     return (block * _BLOCK + inside)[:, 0].clamp_max(vocabulary - 1)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ets_engine.errors import ConfigError, ETSError
 from ets_engine.runtime import SamplingParams, sample, uniforms
+from ets_engine.runtime.sampler import draw
 
 
 def counts(logits: list[float], params: SamplingParams, draws: int = 20_000) -> np.ndarray:
@@ -110,6 +111,27 @@ def test_rows_with_settings_of_their_own_do_not_touch_each_other() -> None:
         assert alone[1].item() == pytest.approx(together[1][row].item(), abs=1e-6)
     assert together[0][1:3].tolist() == logits[1:3].argmax(-1).tolist()
     assert torch.allclose(together[1], logits.log_softmax(-1).gather(1, together[0][:, None])[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [40, 1000])
+@pytest.mark.parametrize(
+    "params",
+    [
+        [SamplingParams(temperature=0.0)] * 3,
+        [SamplingParams()] * 3,
+        [SamplingParams(0.6), SamplingParams(temperature=0.0), SamplingParams()],
+        [SamplingParams(top_p=0.5), SamplingParams(top_k=5), SamplingParams(1.5, min_p=0.1)],
+    ],
+    ids=["greedy", "plain", "mixed", "cut"],
+)
+def test_several_draws_from_one_row_are_those_from_copies_of_it(params: list[SamplingParams], vocabulary: int) -> None:
+    logits = 3 * torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    rows = [2, 0, 0, 1, 2, 2, 0, 1] * 20
+    draws = (np.arange(len(rows)) + 0.5) / len(rows)
+    tokens, logprobs = draw(logits, params, draws, rows)
+    expected = sample(logits[rows], [params[row] for row in rows], draws)
+    assert tokens.tolist() == expected[0].tolist() and logprobs.tolist() == expected[1].tolist()
+    assert tokens.unique().numel() >= 3
 
 
 def test_numbers_depend_on_seed_node_and_position_and_are_uniform() -> None:
