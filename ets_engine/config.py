@@ -85,7 +85,8 @@ class SearchConfig(Config):
         allocation: How ETS splits the width over kept leaves: "floor_one" gives each a child first (ours), "ceil" is
             the published sequential ceiling, which may give some none.
         merge_branches: Whether branches that draw the same tokens below the same step are computed and stored once, and
-            equal steps judged once. It changes nothing that is found; False measures what it saves.
+            equal steps judged once, by models that run here. It changes nothing that is found; False measures what it
+            saves.
         kv_budget_tokens: Hard cap on resident KV tokens of the policy, None = no cap.
         reduce: Step scores of a path to one trajectory score.
         vote: Trajectories to one answer.
@@ -130,7 +131,8 @@ class EngineConfig(Config):
         page_tokens: Tokens per KV page.
         kv_pool_tokens: Most KV tokens per model, None = what fits into `kv_memory_fraction`. On a CPU the pool begins
             small and doubles; on a GPU it is taken at load, up to a million tokens of it.
-        kv_memory_fraction: Of the memory that is free at load, what each model's KV may take.
+        kv_memory_fraction: Of the memory that is free once the models are loaded, what one model's KV may take. Policy
+            and PRM on one device share twice that, at most 0.9, so that a search runs out of both pools at once.
         prefill_chunk_tokens: Most tokens of one prompt read per forward pass, and between two decode steps.
         prefix_cache_tokens: Most tokens of read prompts kept per model, for later prompts that begin alike; they
             make room as soon as a search needs it. 0 = none.

@@ -21,6 +21,7 @@ from ets_engine.models.presets import check_preset, find_preset
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, check_options
 from ets_engine.reference import REFERENCE, check_domain, policy_path
 from ets_engine.runtime import Runner, StepDecoder, load_causal_lm
+from ets_engine.runtime.kv_memory import reserve_kv
 from ets_engine.scorers import EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import SearchTree, needs_scores
 from ets_engine.serving import Job, Models, Worker, in_callback
@@ -33,6 +34,10 @@ Key = tuple[str, str | None, EngineConfig]
 # Settings of an engine that decide answers, so that its name says them.
 _DECIDING = "dtype preset verifier_format step_separator embedder load_options verifier_load_options".split()
 _SERVED = (REMOTE, "judge:", "pooling:")  # what verifiers behind servers begin with
+# KV tokens that a search holds in the PRM for each one in the policy: the policy's branches share what they have in
+# common token by token, the PRM's only whole equal steps. Measured on the shipped models: 1.26 to 1.35 over the two
+# problem families and widths 16 and 64.
+PRM_KV_TOKENS = 1.3
 _IN_FLIGHT = 256  # searches of one `search_many` that are submitted at a time
 
 _registry: weakref.WeakValueDictionary[Key, ETSEngine] = weakref.WeakValueDictionary()
@@ -162,11 +167,12 @@ class ETSEngine:
         if isinstance(intrinsic, Probe):
             intrinsic.check_width(loaded.config.get_text_config(decoder=True).hidden_size)
         ended = _eos_ids(loaded.generation_config.eos_token_id, tokenizer.eos_token_id)
-        policy = Runner(loaded, config, verify=not own)
+        policy = Runner(loaded, config, verify=not own, reserve=False)
         shape = PolicyFormat.of(tokenizer, ended, preset or find_preset(config.preset, model, tokenizer))
         judge: tuple[Runner, PrmFormat] | None = None
         if verifier is not None and intrinsic is None:
-            judge = load_prm(verifier, config)
+            judge = load_prm(verifier, config, reserve=False)
+        reserve_kv({policy: 1.0} if judge is None else {policy: 1.0, judge[0]: PRM_KV_TOKENS}, config)
         return cls(
             policy,
             shape,

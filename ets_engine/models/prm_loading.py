@@ -36,7 +36,9 @@ _FAMILIES = (
 )
 
 
-def load_prm(name_or_path: str, config: EngineConfig | None = None) -> tuple[Runner, PrmFormat]:
+def load_prm(
+    name_or_path: str, config: EngineConfig | None = None, *, reserve: bool = True
+) -> tuple[Runner, PrmFormat]:
     """A process reward model, and what it reads.
 
     The runner's head gives what `probabilities` reads. Heads of their own (Skywork's, Qwen's) need no code of the
@@ -45,6 +47,7 @@ def load_prm(name_or_path: str, config: EngineConfig | None = None) -> tuple[Run
     Args:
         name_or_path: "reference" for the shipped one, a local folder, or a hub name.
         config: Device, dtype, `verifier_format`, `step_separator`, `verifier_load_options`.
+        reserve: Take its KV pool at once, as in `Runner`.
 
     Raises:
         ModelLoadError: It cannot be loaded, or is no PRM of the format.
@@ -70,7 +73,7 @@ def load_prm(name_or_path: str, config: EngineConfig | None = None) -> tuple[Run
     except ModelLoadError as error:
         told = "" if kind == "auto" else f" as {kind!r}"
         raise ModelLoadError(f"verifier={name_or_path!r}{told}: {error}") from error
-    return Runner(model, config, verify=not own), format
+    return Runner(model, config, verify=not own, reserve=reserve), format
 
 
 def detect_format(name: str, config: PretrainedConfig, tensors: Collection[str]) -> str:

@@ -5,11 +5,9 @@ Policy and verifier are the same thing here: a decoder-only base model over a KV
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -34,6 +32,7 @@ from ets_engine.kv.pool import INITIAL_TOKENS
 from ets_engine.runtime.batching import Chunk, plan_forwards
 from ets_engine.runtime.compile import compile_layers
 from ets_engine.runtime.hook import TreeForward, check_calls
+from ets_engine.runtime.kv_memory import reserve_kv
 from ets_engine.runtime.linear import speed_up_linears
 from ets_engine.runtime.sampler import SamplingParams, draw, is_cut
 from ets_engine.runtime.support import (
@@ -49,10 +48,10 @@ from ets_engine.runtime.transfer import upload
 if TYPE_CHECKING:
     from ets_engine.runtime.graphs import DrawGraphs, PassGraphs
 
-_MEMORY = Path("/proc/meminfo")  # of Linux; files that the system can drop count as free there
 # A segment costs the kernel a partial result per query, written and read: of 32 bits, about four tokens for each query
 # head of a KV head. That many tokens saved pay for it.
 KERNEL_MIN_SAVED_TOKENS = 64
+LOAD_TOKENS = 64  # of the pool that a model is tried with, before the memory for its own is known
 CUDA_INITIAL_TOKENS = 1 << 20  # of the pool, or all it may have: captured passes are lost when it grows
 MAX_GRAPH_ROWS = 512  # larger passes keep a GPU busy without a graph
 
@@ -89,9 +88,12 @@ class Runner:
         config: Pages, pool limit and prefill chunk; device and dtype are the model's own.
         verify: Compare tree attention with the model's own on a few tokens at load. Only skip it for a checkpoint
             that passed before.
+        reserve: Take the KV pool at once, as for the only model of its device. Without, the pool is tiny and has no
+            limit until `reserve_kv` gives several models theirs.
 
     Raises:
         UnsupportedModelError: the architecture cannot be honoured, with the reason.
+        ConfigError: `kv_pool_tokens` is less than a page.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -106,7 +108,14 @@ class Runner:
         torch.Size([2, 32])
     """
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig | None = None, *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig | None = None,
+        *,
+        verify: bool = True,
+        reserve: bool = True,
+    ) -> None:
         self.config = config or EngineConfig()
         check_config(model.config)
         use_tree_attention(model)
@@ -122,17 +131,7 @@ class Runner:
         if self.config.compile_layers:
             compile_layers(model)
         self._implementation: Literal["eager", "triton"] = self._choose_attention(shapes)
-        token_bytes = sum(2 * one.kv_heads * one.head_dim for one in shapes) * self.dtype.itemsize
-        pool = KVPool(
-            shapes,
-            page_tokens=self.config.page_tokens,
-            max_tokens=self.config.kv_pool_tokens or _tokens_that_fit(self.device, token_bytes, self.config),
-            dtype=self.dtype,
-            device=self.device,
-            initial_tokens=INITIAL_TOKENS if self.device.type == "cpu" else CUDA_INITIAL_TOKENS,
-        )
-        self.tree = PrefixTree(pool)
-        self.prefixes = PrefixCache(self.tree, self.config.prefix_cache_tokens)
+        self._use_pool(shapes, None, LOAD_TOKENS)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
         self.stats = RunnerStats()
         self._use_graphs = False
@@ -143,6 +142,8 @@ class Runner:
             check_outputs(model, windows, self._probe)
             self.tree.reset_peak()
             self.stats = RunnerStats()
+        if reserve:
+            reserve_kv({self: 1.0}, self.config)
 
     @property
     def num_parameters(self) -> int:
@@ -153,6 +154,33 @@ class Runner:
     def bytes_per_token(self) -> int:
         """KV of one token over all layers (bytes)."""
         return self.tree.pool.bytes_per_token
+
+    def reserve(self, max_tokens: int | None) -> None:
+        """Take a new, empty pool in place of the old one, of whose tree nothing may be held any more.
+
+        Args:
+            max_tokens: Most KV tokens of it, None = no limit but memory. On a CPU the pool begins small and doubles; on
+                a GPU it is taken now, up to `CUDA_INITIAL_TOKENS`.
+
+        Raises:
+            ConfigError: `max_tokens` is less than a page.
+        """
+        initial_tokens = INITIAL_TOKENS if self.device.type == "cpu" else CUDA_INITIAL_TOKENS
+        self._use_pool(self.tree.pool.shapes, max_tokens, initial_tokens)
+        self._use_windows(self._windows)
+
+    def _use_pool(self, shapes: Sequence[LayerShape], max_tokens: int | None, initial_tokens: int) -> None:
+        """Start an empty tree over a new pool; layouts and graphs of the old ones are `_use_windows`'s to renew."""
+        pool = KVPool(
+            shapes,
+            page_tokens=self.config.page_tokens,
+            max_tokens=max_tokens,
+            dtype=self.dtype,
+            device=self.device,
+            initial_tokens=initial_tokens,
+        )
+        self.tree = PrefixTree(pool)
+        self.prefixes = PrefixCache(self.tree, self.config.prefix_cache_tokens)
 
     def _choose_attention(self, shapes: Sequence[LayerShape]) -> Literal["eager", "triton"]:
         """The kernel if it fits every layer: a layout lies on the CPU for all layers or for none."""
@@ -413,18 +441,6 @@ class Runner:
         own = [torch.stack([step[i] for step in steps]) for i in range(len(branches))]
         sequences = [torch.cat([*shared, part]) for part in own]
         return [self.logits(sequence) if self._head is not None else sequence for sequence in sequences]
-
-
-def _tokens_that_fit(device: torch.device, token_bytes: int, config: EngineConfig) -> int | None:
-    """KV tokens that the free memory's share holds, at least a page; None where nobody knows what is free."""
-    if device.type == "cuda":
-        free_bytes = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = re.search(r"^MemAvailable: *(\d+) kB", _MEMORY.read_text(), re.M) if _MEMORY.exists() else None
-        if available is None:
-            return None
-        free_bytes = 1024 * int(available[1])
-    return max(config.page_tokens, int(free_bytes * config.kv_memory_fraction) // token_bytes)
 
 
 def _head(model: PreTrainedModel) -> torch.nn.Module | None:
