@@ -252,11 +252,16 @@ class TreePolicy:
             parent, ids = self._paths[node]
             leaf = above[parent]
             below.setdefault((id(leaf), 0 if self._merges else node), (leaf, []))[1].append((node, ids))
-        stack = list(below.values())
-        while stack:
-            leaf, steps = stack.pop()
-            for _, group in groupby(sorted(steps, key=itemgetter(1)), key=lambda step: step[1][0]):
-                alike = list(group)
+        level = list(below.values())
+        while level:
+            self._decoder.open([leaf for leaf, _ in level])
+            groups = [
+                (leaf, list(group))
+                for leaf, steps in level
+                for _, group in groupby(sorted(steps, key=itemgetter(1)), key=lambda step: step[1][0])
+            ]
+            level = []
+            for leaf, alike in groups:
                 common = alike[0][1][: count_alike(alike[0][1], alike[-1][1])]
                 ended = [node for node, ids in alike if len(ids) == len(common)]
                 carry = self._carries.get(ended[0], "") if ended else ""
@@ -267,7 +272,7 @@ class TreePolicy:
                     one.holders += 1
                     held.append(one)
                 if rest := [(node, ids[len(common) :]) for node, ids in alike if len(ids) > len(common)]:
-                    stack.append((one, rest))
+                    level.append((one, rest))
         return found
 
     @property

@@ -626,3 +626,30 @@ def test_equal_steps_below_other_steps_stay_apart_after_a_drop(engine: ETSEngine
         policy.close()
         check_nothing_is_left(engine)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_begin_alike_share_again_after_a_drop(engine: ETSEngine, seed: int) -> None:
+    """What a search holds after each round is the same whether its KV was dropped before it or not."""
+    scheduler = engine._worker._scheduler
+    assert scheduler is not None
+    tree, held = scheduler._models.decoder.runner.tree, list[list[int]]()
+    for drops in (False, True):
+        policy = TreePolicy(
+            scheduler._models.decoder, engine._format, PROBLEM, settings(temperature=0.4, seed=seed), "mine"
+        )
+        policy.start()
+        kept, tokens = [0], list[int]()
+        for depth in range(3):
+            nodes = list(range(100 * depth + 1, 100 * depth + 1 + (16 if depth == 0 else 2 * len(kept))))
+            steps = policy.expand([kept[place % len(kept)] for place in range(len(nodes))], nodes)
+            tokens.append(tree.resident_tokens_of("mine"))
+            kept = [node for node, step in zip(nodes, steps, strict=True) if step.stop is StopReason.BOUNDARY][:10]
+            policy.retain(kept)
+            if drops:
+                policy.drop()
+                policy.restore()
+        held.append([*tokens, policy.distinct_tokens])
+        policy.close()
+        check_nothing_is_left(engine)
+    assert held[0] == held[1]
