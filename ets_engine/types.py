@@ -339,7 +339,7 @@ class SearchEvent(Value):
         pruned: Leaves that got none (count).
         finished: Finished trajectories so far (count).
         best_score: Best step score on the frontier.
-        kv_unique_tokens: Distinct tokens held by the kept paths.
+        kv_unique_tokens: Tokens of all steps on the kept paths; what equal or alike steps share is not taken off.
         kv_path_tokens: The same without sharing.
         generated_tokens: Tokens generated so far.
         common_text: Text shared by every surviving branch; it can no longer be pruned.

@@ -26,7 +26,8 @@ class Ets:
     The reward of a leaf is the part of the width that REBASE would give it. The price of the whole tree is `lambda_b`,
     the worth of covering every cluster of steps `lambda_d`.
 
-    Ours (the default): a node is priced by its tokens (the prompt, which no selection can free, has no price); every
+    Ours (the default): a node is priced by its tokens (the prompt, which no selection can free, has no price; tokens
+    that siblings happen to share are priced for each, which found as many answers as pricing them once); every
     kept leaf gets a child before the rest is split by softmax; `kv_budget_tokens` is never exceeded. `node_cost` and
     `ceil_split` take one of the published choices each, and leave all else ours.
 
