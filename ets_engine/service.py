@@ -35,9 +35,9 @@ Key = tuple[str, str | None, EngineConfig]
 _DECIDING = "dtype preset verifier_format step_separator embedder load_options verifier_load_options".split()
 _SERVED = (REMOTE, "judge:", "pooling:")  # what verifiers behind servers begin with
 # KV tokens that a search holds in the PRM for each one in the policy: the policy's branches share what they have in
-# common token by token, the PRM's only whole equal steps. Measured on the shipped models: 1.26 to 1.35 over the two
-# problem families and widths 16 and 64.
-PRM_KV_TOKENS = 1.3
+# common token by token, the PRM's only whole equal steps. Peak against peak on the shipped models: 1.07 to 1.14 for ETS
+# on countdowns at widths 16 and 256 and on stories at 64, 1.02 to 1.21 over all methods.
+PRM_KV_TOKENS = 1.1
 _IN_FLIGHT = 256  # searches of one `search_many` that are submitted at a time
 
 _registry: weakref.WeakValueDictionary[Key, ETSEngine] = weakref.WeakValueDictionary()
