@@ -32,6 +32,9 @@ def bench(
     preset: Annotated[
         str, option("NAME", "Prompt, step boundaries and answers, see `ets models`.", default="as the model shows")
     ] = "auto",
+    verifier_format: Annotated[
+        str, option("NAME", "What the PRM reads, see `ets models`.", default="as the PRM shows")
+    ] = "auto",
     device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
     strategies: Annotated[
         str,
@@ -89,7 +92,7 @@ def bench(
             out=out,
             model=model,
             verifier=verifier,
-            engine=EngineConfig(device=device, preset=preset),
+            engine=EngineConfig(device=device, preset=preset, verifier_format=verifier_format),  # type: ignore[arg-type]
             data=data,
             limit=limit,
             data_seed=data_seed,

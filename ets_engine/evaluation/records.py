@@ -110,7 +110,7 @@ class Settings(Value):
         model, verifier: As in `ETSEngine.from_pretrained`.
         weights: Short hash of both, as far as files can be seen.
         data: Family and seed, or file.
-        search: Settings of every search, and how answers are compared.
+        search: Settings of every search, how answers are compared, and the preset and PRM format where they were named.
         device, dtype: Where the models ran.
         machine: From `provenance`.
         copy_gb_s: Bytes that a large copy moves on that machine (GB/s).

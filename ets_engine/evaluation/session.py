@@ -152,7 +152,7 @@ def _settings(plan: Plan) -> Settings:
     dtype = plan.engine.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    preset = {} if plan.engine.preset == "auto" else {"preset": plan.engine.preset}
+    chosen = plan.engine.model_dump(include={"preset", "verifier_format"}, exclude_defaults=True)
     search = plan.base.model_dump(mode="json", exclude={"strategy", "width", "seed", "trace", "n_candidates", "vote"})
     path = Path(plan.data)
     return Settings(
@@ -160,7 +160,7 @@ def _settings(plan: Plan) -> Settings:
         verifier=plan.verifier or REFERENCE,
         weights=_weights(plan.model, plan.verifier or REFERENCE),
         data=str(path.resolve()) if path.is_file() else f"{plan.data} (seed {plan.data_seed})",
-        search=search | {"mode": plan.mode} | preset,
+        search=search | {"mode": plan.mode} | chosen,
         device=device,
         dtype=dtype,
         machine=provenance(device),

@@ -160,10 +160,16 @@ def test_what_is_wrong_is_one_line(options: list[str], code: int, said: str) -> 
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Writes the same three lines for every prompt, takes what vLLM takes, and has figures of its cache."""
+    """Writes the same three lines for every prompt, takes what vLLM takes, and has figures of its cache.
+
+    Its PRM is of Qwen's format and refuses all others.
+    """
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/pooling":
+            is_read = all(text.endswith("<extra_0>") for text in body["input"])
+            return self.reply(200 if is_read else 400, {"data": [{"data": [[0.25, 0.75]]} for _ in body["input"]]})
         if self.path != "/v1/completions":
             return self.reply(404, {})
         done = sum(line in body["prompt"] for line in LINES)
@@ -255,6 +261,38 @@ def test_a_bench_reads_solutions_of_the_families_as_their_checkers_do(
     assert_fails(done, 2, f"preset='{preset}' instead of 'chat'")
 
 
+def test_a_bench_is_told_what_a_served_prm_reads(address: str, asked: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    prm = f"pooling:{address}"
+    options = ("--model", address, "--verifier", prm, "--limit", "1", "--strategies", "ets", "--widths", "2")
+    options = ("bench", "--out", str(tmp_path), *options, "--concurrency", "1")
+    assert_fails(ets(*options), 2, "what the PRM 'm' reads is not known; pass verifier_format 'qwen' or 'trl'")
+    done = ets(*options, "--verifier-format", "qwen")
+    assert done.exit_code == 0, done.stderr
+    assert asked[-1][:2] == (address, prm) and asked[-1][2].verifier_format == "qwen"
+    summary = read_summary(tmp_path / "summary.json")
+    assert [row.failed for row in summary.rows] == [0]
+    assert summary.settings[-1].search["verifier_format"] == "qwen"
+    done = ets(*options, "--verifier-format", "trl")
+    assert_fails(done, 2, "verifier_format='qwen' instead of 'trl'")
+
+
+@pytest.mark.parametrize(
+    ("verifier", "format", "said"),
+    [
+        pytest.param("reference", "qwenn", "verifier_format='qwenn'", id="unknown"),
+        pytest.param("logprob", "trl", "no PRM is loaded here that would read it", id="no PRM"),
+        pytest.param("reference", "qwen", "no weights for score.0.weight", id="of another head"),
+    ],
+)
+def test_a_format_that_the_verifier_of_a_bench_does_not_read_is_refused(
+    verifier: str, format: str, said: str, tmp_path: Path
+) -> None:
+    options = ("--verifier", verifier, "--limit", "1", "--strategies", "greedy", "--latency-problems", "0")
+    done = ets("bench", "--out", str(tmp_path / "out"), *options, "--verifier-format", format)
+    assert_fails(done, 1 if "weights" in said else 2, said)
+    assert not (tmp_path / "out").exists()
+
+
 def test_check_says_what_is_known_of_a_server(address: str, asked: list[tuple[Any, ...]]) -> None:
     done = ets("check", "--model", address, "--verifier", "reference", "--problem", PROBLEM)
     assert (done.exit_code, done.stderr) == (0, "") and asked == [(address, "reference", EngineConfig())]
@@ -287,7 +325,9 @@ def test_a_bench_of_a_served_model_counts_kv_and_knows_no_bandwidth(
     options += ("--concurrency", "2")
     done = ets("bench", "--out", str(tmp_path), "--model", address, *options, "--latency-problems", "1")
     assert done.exit_code == 0, done.stderr
-    rows = read_summary(tmp_path / "summary.json").rows
+    summary = read_summary(tmp_path / "summary.json")
+    assert not {"preset", "verifier_format"} & set(summary.settings[-1].search), "only what was named is a setting"
+    rows = summary.rows
     assert {row.name for row in rows} >= {"ets@2", "best_of_n@2"} and not any(row.failed for row in rows)
     for row in rows:
         assert row.mean_kv_tokens and row.published_kv_tokens and row.sharing_ratio and row.p50_s and row.together_per_s
