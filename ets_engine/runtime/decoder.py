@@ -307,13 +307,11 @@ class StepDecoder:
             for handle in forked:
                 self.runner.tree.release(handle)
             raise
-        self._charge(
-            [one.branch.parent.search for one in live],
-            time.perf_counter() - started_s,
-            self.runner.stats.bytes_moved - moved,
-        )
+        searches = [one.branch.parent.search for one in live]
+        self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
+        for search, sampled in Counter(searches).items():
+            self.usage(search).generated_tokens += sampled
         for place, one in enumerate(live):
-            self.usage(one.branch.parent.search).generated_tokens += 1
             one.logprob += logprobs[place]
             one.certainty += certainty[place]
         self._go_on(going, states, ends={leaf.handle for leaf in leaves.values()}, handles=handles)

@@ -1,4 +1,4 @@
-"""Tiny random models of several architectures, and the unshared computation they are compared with."""
+"""Tiny random models of several architectures, also as folders, and the unshared computation to compare them with."""
 
 from __future__ import annotations
 
@@ -148,3 +148,12 @@ def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """Logits of one unshared sequence by plain transformers. [T, V]."""
     device = next(model.parameters()).device
     return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Policy and PRM of `engines` as folders."""
+    from .engines import save_policy, save_prm  # which takes its models from here
+
+    home = tmp_path_factory.mktemp("models")
+    return save_policy(home / "policy"), save_prm(home / "prm")

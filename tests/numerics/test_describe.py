@@ -10,8 +10,6 @@ from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.service import ETSEngine
 from ets_engine.types import EngineDescription, ModelDescription
 
-from .engines import save_policy, save_prm
-
 LAYERS, HIDDEN, MLP, VOCABULARY, HEAD_DIM = 3, 32, 48, 61, 8
 EMBEDDINGS = VOCABULARY * HIDDEN
 
@@ -20,13 +18,6 @@ def decoder_parameters(kv_heads: int) -> int:
     """Of a Llama without its head: query and output, key and value, three matrices of the MLP, two norms a layer."""
     layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv_heads * HEAD_DIM + 3 * HIDDEN * MLP + 2 * HIDDEN
     return EMBEDDINGS + LAYERS * layer + HIDDEN
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Policy and PRM as folders."""
-    home = tmp_path_factory.mktemp("models")
-    return save_policy(home / "policy"), save_prm(home / "prm")
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,11 @@ from ets_engine.runtime.runner import CUDA_INITIAL_TOKENS
 from ets_engine.service import PRM_KV_TOKENS, ETSEngine
 
 from .conftest import plain_logits, tiny_model
-from .engines import save_policy, save_prm
 from .test_graphs import decode_and_compare, wide_model
 from .test_tree_logits import MAX_ERROR
 
 FREE = 40_000_000  # bytes
 POLICY_BYTES, PRM_BYTES = 3 * 2 * 2 * 8 * 4, 3 * 2 * 4 * 8 * 4  # of one KV token: layers, K and V, heads, numbers, fp32
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    home = tmp_path_factory.mktemp("models")
-    return save_policy(home / "policy"), save_prm(home / "prm")
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from ets_engine.service import ETSEngine
 from ets_engine.types import SearchResult, StopReason
 
 from .conftest import tiny_model
-from .engines import save_policy, save_prm, tiny_prm, tiny_tokenizer
+from .engines import tiny_prm, tiny_tokenizer
 from .test_decoding import PROMPT, Letters
 
 LETTERS = 9  # a vocabulary so small that many draws are equal
@@ -471,13 +471,6 @@ def test_equal_steps_take_the_room_of_one() -> None:
 # ---------------------------------------------------------------------- whole searches
 
 PROBLEMS = [f"what is {i}+{i * i}?" for i in range(6)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Policy and PRM as folders."""
-    home = tmp_path_factory.mktemp("models")
-    return save_policy(home / "policy"), save_prm(home / "prm")
 
 
 @pytest.fixture(scope="module")

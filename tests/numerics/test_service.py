@@ -31,19 +31,12 @@ from ets_engine.service import ETSEngine
 from ets_engine.serving import Models
 from ets_engine.types import SearchEvent, SearchResult, StopReason
 
-from .engines import save, save_policy, save_prm, tiny_prm
+from .engines import save, tiny_prm
 
 PROBLEM = "what is 1+1?"
 PROMPT_TOKENS = 1 + len(PROBLEM) + 1
 PAGES = EngineConfig(device="cpu", page_tokens=4, prefix_cache_tokens=0)
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Policy and PRM as folders."""
-    home = tmp_path_factory.mktemp("models")
-    return save_policy(home / "policy"), save_prm(home / "prm")
 
 
 @pytest.fixture(scope="module")

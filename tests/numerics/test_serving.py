@@ -30,16 +30,8 @@ from ets_engine.service import ETSEngine, get_engine
 from ets_engine.serving import Scheduler
 from ets_engine.types import SearchEvent, SearchResult
 
-from .engines import save_policy, save_prm
-
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 PROBLEMS = [f"what is {i}+{i * i}?" for i in range(8)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    home = tmp_path_factory.mktemp("models")
-    return save_policy(home / "policy"), save_prm(home / "prm")
 
 
 def make(folders: tuple[str, str], **changes: Any) -> ETSEngine:
