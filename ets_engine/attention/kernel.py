@@ -5,12 +5,13 @@ so K/V is read once for all queries below it, and once for a whole group of head
 arbitrary; the heads of one slot lie side by side in the cache, and the programs of a tile's KV heads run side by side.
 Sums are fp32, products of fp32 are too (three TF32 products each). No atomics: the same input gives the same bits.
 
-A block of K/V is known only by its slots, which are loaded first. Triton spreads its pipeline's stages over both loads,
-so two more stages put one more block in flight: of three stages, none is left to hide the memory's latency behind.
+A block of K/V is known only by its slots, which are loaded first. Tall tiles leave both loads to Triton's pipeline,
+where two more stages put one more block in flight. Lower tiles load the slots of the next block themselves, into
+registers: every stage is a block of K/V, so more tiles share a multiprocessor. Most of them are one block long, and
+what they wait for is each other's latency. Timed on an H100 both ways; tall tiles are 7 % slower with the second.
 
-Where it stands: an H100 ran it before its pipeline was deepened; as it is now it runs in Triton's interpreter, and its
-variants compile for NVIDIA GPUs of compute capability 8.0 to 9.0. Block sizes and pipeline depths are chosen from
-registers and shared memory, not from timings.
+Block sizes and pipeline depths of bf16 at head dim 128 are the fastest of some 40 on an H100; others follow from
+registers and shared memory in the same way and compile for NVIDIA GPUs of compute capability 8.0 to 9.0.
 """
 
 from __future__ import annotations
@@ -38,12 +39,21 @@ SPARE_BYTES = 1 << 10  # of shared memory that the driver keeps of each block, a
 
 
 class Launch(NamedTuple):
-    """How tiles of one height run: slots at a time, warps, pipeline stages, and blocks that a multiprocessor holds."""
+    """How tiles of one height run.
+
+    Attributes:
+        block_n: Slots at a time.
+        num_warps: Of a program.
+        num_stages: Of its pipeline.
+        at_once: Programs that a multiprocessor holds.
+        ahead: Whether a program loads the next block's slots itself, before it works on this one.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     at_once: int
+    ahead: bool
 
 
 def tree_attention_triton(
@@ -145,7 +155,7 @@ def run_work(
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         for part in work.parts:
             how = launch(part.height, block_d, query.dtype.itemsize, _shared_bytes(query.device))
-            options: dict[str, Any] = {"BLOCK_M": part.height, "BLOCK_N": how.block_n}
+            options: dict[str, Any] = {"BLOCK_M": part.height, "BLOCK_N": how.block_n, "AHEAD": how.ahead}
             options |= {"num_warps": how.num_warps, "num_stages": how.num_stages}
             lists = work.tiles(part), work.entries, work.slots
             grid = (len(lists[0]) * cache.shape[2],)
@@ -173,21 +183,25 @@ def launch(height: int, block_d: int, itemsize: int, shared_bytes: int) -> Launc
     Low tiles share a multiprocessor, as many as its registers hold. As many blocks of K/V are in flight as then fit.
 
     Example:
-        >>> launch(128, 128, 2, SHARED_BYTES_OF_H100), launch(16, 128, 2, SHARED_BYTES_OF_H100).at_once
-        (Launch(block_n=128, num_warps=8, num_stages=5, at_once=1), 3)
+        >>> launch(128, 128, 2, SHARED_BYTES_OF_H100)
+        Launch(block_n=128, num_warps=8, num_stages=5, at_once=1, ahead=False)
+        >>> launch(16, 128, 2, SHARED_BYTES_OF_H100)
+        Launch(block_n=32, num_warps=4, num_stages=3, at_once=5, ahead=True)
     """
     row_bytes = itemsize * block_d  # of one key
-    block_n = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    ahead, low = height < 128, height == 16 and row_bytes <= 256
+    block_n = 32 if low else 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     if height == 128 and row_bytes == 256 and shared_bytes >= SHARED_BYTES_OF_H100:
         block_n = 128  # half as many rescalings and barriers
     num_warps = 8 if height == 128 or height * block_d >= 64 * 256 or row_bytes > 512 else 4
-    at_once = 1 if num_warps == 8 else 3 if height == 16 and itemsize == 2 and block_d <= 128 else 2
+    at_once = 1 if num_warps == 8 else 5 if low and itemsize == 2 else 2
     read = height >= 64  # K/V straight from shared memory: one block more is not free yet
     while True:
         left = (shared_bytes + SPARE_BYTES) // at_once - 2 * SPARE_BYTES - height * row_bytes
         in_flight = left // (2 * block_n * row_bytes) - read
         if in_flight >= 1 or at_once == 1:
-            return Launch(block_n, num_warps, 1 + 2 * min(max(in_flight, 1), MOST_IN_FLIGHT), at_once)
+            num_stages = 1 + (1 if ahead else 2) * min(max(in_flight, 1), MOST_IN_FLIGHT)
+            return Launch(block_n, num_warps, num_stages, at_once, ahead)
         at_once -= 1
 
 
@@ -233,6 +247,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     tile = tiles + tl.program_id(0) // KV_HEADS * 4
     kv_head = tl.program_id(0) % KV_HEADS
@@ -257,10 +272,14 @@ def _attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     factor = scale * LOG2E if softcap is None else LOG2E
+    ahead = begin + tl.arange(0, BLOCK_N)
+    coming = tl.load(slots + ahead, mask=ahead < end, other=0) if AHEAD else ahead
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         exists = column < end
-        slot = tl.load(slots + column, mask=exists, other=0).to(tl.int64)
+        slot = coming.to(tl.int64) if AHEAD else tl.load(slots + column, mask=exists, other=0).to(tl.int64)
+        if AHEAD:
+            coming = tl.load(slots + column + BLOCK_N, mask=column + BLOCK_N < end, other=0)
         there = cache + (slot * (2 * KV_HEADS) + kv_head)[:, None] * DIM + dim[None, :]
         readable = exists[:, None]
         if DIM < BLOCK_D:

@@ -15,7 +15,7 @@ from ets_engine.errors import ConfigError
 def bench(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go; a second run goes on from there.")],
     data: Annotated[
-        str, option("DATA", "countdown, story, or a JSONL file with problem and answer.", default="countdown")
+        str, option("PROBLEMS", "countdown, story, or a JSONL file with problem and answer.", default="countdown")
     ] = "countdown",
     limit: Annotated[int | None, option("COUNT", "Most problems.", default="200 of a family, all of a file")] = None,
     data_seed: Annotated[int, option("NUMBER", "Which fresh problems of a family.", default=2026)] = 2026,

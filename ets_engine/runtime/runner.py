@@ -32,6 +32,7 @@ from ets_engine.kv.pool import INITIAL_TOKENS
 from ets_engine.runtime.batching import Chunk, plan_forwards
 from ets_engine.runtime.compile import compile_layers
 from ets_engine.runtime.hook import TreeForward, check_calls
+from ets_engine.runtime.joint_linear import join_linears
 from ets_engine.runtime.kv_memory import reserve_kv
 from ets_engine.runtime.linear import speed_up_linears
 from ets_engine.runtime.sampler import SamplingParams, draw, is_cut
@@ -126,6 +127,8 @@ class Runner:
         self.device, self.dtype = first.device, first.dtype
         self.hidden_size = text_config(model).hidden_size
         self.context_tokens = context_tokens(model.config)
+        if self.device.type == "cuda":
+            join_linears(model)
         speed_up_linears(model)
         shapes, windows = probe_layers(model)
         if self.config.compile_layers:

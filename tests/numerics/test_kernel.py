@@ -70,13 +70,15 @@ lists = {name: "*i32" for name in ("tiles", "entries", "slots", "merges")}
 partials = {"partial": "*fp32", "lse": "*fp32"}
 for dtype, size, dim, height, capability, shared_kb, extras in (
     ("bf16", 2, 128, 128, 90, 227, {}),
+    ("bf16", 2, 128, 64, 90, 227, {}),
+    ("bf16", 2, 128, 16, 90, 227, {}),
     ("fp16", 2, 80, 16, 80, 163, {"sinks": "*fp16", "softcap": "fp32"}),
     ("fp32", 4, 128, 32, 89, 99, {}),
 ):
     block_d = 1 << (dim - 1).bit_length()
     numbers = {"KV_HEADS": 4, "GROUP": 7, "HEADS": 28, "DIM": dim, "BLOCK_D": block_d}
     how = kernel.launch(height, block_d, size, shared_kb << 10)
-    numbers |= {"BLOCK_M": height, "BLOCK_N": how.block_n, "BLOCK_P": kernel.MERGED_AT_ONCE}
+    numbers |= {"BLOCK_M": height, "BLOCK_N": how.block_n, "AHEAD": how.ahead, "BLOCK_P": kernel.MERGED_AT_ONCE}
     types = {name: "*" + dtype for name in ("query", "cache", "output")} | partials | lists | extras
     for function in (kernel._attend, kernel._merge):
         plain = {"scale": "fp32", "token_stride": "i32", "head_stride": "i32"}
@@ -85,6 +87,7 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
         result = compiled(function, mine, numbers, options, capability)
         assert result.asm["cubin"] and result.metadata.shared <= shared_kb << 10, (function, dtype, result.metadata)
         if function is kernel._attend and capability == 90:
+            assert result.metadata.shared * how.at_once <= shared_kb << 10, (how, result.metadata)
             loop = re.search(r"scf[.]for.*scf[.]yield", result.asm["ttgir"], re.DOTALL).group()
             left = [int(groups) for groups in re.findall(r"ttg[.]async_wait.*?num = (\\d+)", loop)]
             assert left and min(left) > 0, f"the loop waits for all that it has asked for: {left}"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import ets_engine
@@ -173,6 +174,16 @@ def test_help_states_the_defaults_of_the_library():
     ]:
         description = text.split(f" {option} ")[1].split(" --")[0]
         assert f"[default: {SearchConfig.model_fields[field].default}]" in description, option
+
+
+def test_no_option_is_shown_by_its_own_name():
+    """Typer 0.27 drops an option whose metavar is its name in capitals."""
+    commands = typer.main.get_command(cli.app).commands
+    assert len(commands) >= 6
+    for command in commands.values():
+        for one in command.params:
+            is_option = one.param_type_name == "option"
+            assert not (is_option and (one.metavar or "").lower() == one.name), (command.name, one.name)
 
 
 def test_json_is_the_whole_result_and_nothing_else(ets):
