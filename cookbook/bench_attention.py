@@ -6,10 +6,16 @@ A prompt and a tree of steps below it, one new token for every leaf, one layer. 
     eager    our plain torch implementation of the same
     sdpa     `scaled_dot_product_attention` over K/V that is laid out once per leaf, prompt and all, where that fits
     flex     FlexAttention over the distinct tokens, with a mask of who sees what; on a CUDA device only
+    cascade  FlashInfer's cascade attention, of as many levels and by whichever of its kernels is fastest (the row says
+             which); on a CUDA device, where it is installed (`flashinfer_sides.py`)
+    paged    FlashInfer's decode over pages that paths share, each read once per leaf; likewise
 
-A step reads each distinct byte of K/V once at best. So the figure of merit is distinct K/V bytes over seconds, next to
-what the same device copies (bytes read plus bytes written). Only attention is timed: what a pass prepares once for all
-its layers is shown by itself, as `plan ms`. On a GPU its L2 cache is overwritten before each run.
+A step reads each distinct byte of K/V once at best, and multiplies each query with every token it sees. "of copy" is
+distinct K/V bytes over seconds, next to what the same device copies (bytes read plus bytes written). "/ floor" is the
+time over the larger of two: those bytes at the speed of the copy, and the arithmetic (4 x heads x head dimension x
+tokens seen) at the speed of a large product; below one long prompt with many leaves it is the second that binds. Only
+attention is timed: what a pass prepares once for all its layers is `plan_ms` in the row. On a GPU its L2 cache is
+overwritten before each run.
 
     python cookbook/bench_attention.py                               # widths 16, 64, 256; prompts of 2k, 16k, 64k
     python cookbook/bench_attention.py --widths 64 --prompts 4096 --dtype float16
@@ -27,16 +33,18 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from flashinfer_sides import flashinfer_sides
 from torch.nn.functional import scaled_dot_product_attention
 
 from ets_engine.attention import tree_attention
 from ets_engine.attention.api import choose_implementation
 from ets_engine.attention.reference import visible_slots
-from ets_engine.evaluation.machine import copy_gb_s, provenance
+from ets_engine.evaluation.machine import copy_gb_s, matmul_flops_per_s, provenance
 from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree, Row, TreeLayout
 
 RESULTS = Path(__file__).parent / "results" / "bench_attention.jsonl"
@@ -76,14 +84,20 @@ class Problem:
         """Distinct K/V that the step reads (bytes)."""
         return self.layout.distinct_tokens * self.cache[0].numel() * self.cache.element_size()
 
+    @property
+    def flops(self) -> int:
+        """Of scores and of weighted sums of values, over every token that every query sees."""
+        return 4 * self.query[0].numel() * self.paths.numel()
+
 
 def build_problem(shape: Shape, width: int, prompt: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """A tree whose levels fork by four until there are `width` leaves, and random numbers."""
+    """A tree whose levels fork by four until there are `width` leaves, siblings side by side, and random numbers."""
     tree = PrefixTree(KVPool([LayerShape(1, 8)]))  # its slots are all that is used
     nodes = [tree.root()]
     tree.append(nodes[0], prompt)
     while len(nodes) < width:
-        nodes = [tree.fork(nodes[i % len(nodes)]) for i in range(min(width, FANOUT * len(nodes)))]
+        count = min(width, FANOUT * len(nodes))
+        nodes = [tree.fork(nodes[i * len(nodes) // count]) for i in range(count)]
         for node in nodes:
             tree.append(node, shape.step_tokens)
     leaves = [tree.fork(node) for node in nodes]
@@ -179,7 +193,7 @@ def median_ms(run: Side, device: torch.device, repeats: int) -> float:
         for _ in range(repeats):
             flush.zero_()
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(1_000_000)  # the host gets ahead, so that launches are not what is timed
+            torch.cuda._sleep(5_000_000)  # the host gets ahead, so that launches are not what is timed
             began.record()
             run()
             ended.record()
@@ -194,15 +208,23 @@ def median_ms(run: Side, device: torch.device, repeats: int) -> float:
 
 
 @torch.inference_mode()
-def bench(problem: Problem, repeats: int) -> dict[str, Any]:
-    """Milliseconds of each side, how far it is from eager attention in fp32, and what follows from them."""
+def bench(problem: Problem, repeats: int, copy: float, matmul: float) -> dict[str, Any]:
+    """Milliseconds of each side, how far it is from eager attention in fp32, and what follows from them.
+
+    Args:
+        problem: What every side computes.
+        repeats: Timed runs of each side (count).
+        copy: Speed of a large copy (bytes per second).
+        matmul: Speed of a large product (floating-point operations per second).
+    """
     device, query = problem.query.device, problem.query
     scale = query.shape[2] ** -0.5
     group = query.shape[1] // problem.cache.shape[2]
     sides: dict[str, Side | None] = {}
-    plan_ms: float | None = None
+    plan_ms: dict[str, float] = {}
+    cascade: dict[str, Any] | None = None
     if choose_implementation(device, query.dtype, head_dim=query.shape[2], group=group) == "triton":
-        sides["kernel"], plan_ms = tree_side(problem, scale, "triton")
+        sides["kernel"], plan_ms["kernel"] = tree_side(problem, scale, "triton")
     sides["eager"], _ = tree_side(problem, scale, "eager")
     sides["sdpa"] = sdpa_side(problem, scale)
     if device.type == "cuda":
@@ -212,12 +234,19 @@ def bench(problem: Problem, repeats: int) -> dict[str, Any]:
         except (RuntimeError, NotImplementedError) as error:
             warnings.warn(f"FlexAttention does not run here: {error!r:.300}", stacklevel=1)
             sides["flex"] = None
+    if device.type == "cuda" and query.dtype != torch.float32:
+        time_ms = partial(median_ms, device=device, repeats=max(1, repeats // 4))
+        planned = flashinfer_sides(query, problem.cache, problem.paths, scale, time_ms)
+        sides |= {name: one and one.run for name, one in planned.items()}
+        plan_ms |= {name: one.plan_ms for name, one in planned.items() if one}
+        cascade = (one := planned["cascade"]) and {"levels": one.levels, "kernels": one.kernels}
     exact = tree_attention(
         query.float(), problem.cache.float(), moved(problem.layout, device), scale=scale, implementation="eager"
     )
     errors = {name: (run().float() - exact).abs().max().item() for name, run in sides.items() if run is not None}
     times = {name: median_ms(run, device, repeats) for name, run in sides.items() if run is not None}
     ours = times.get("kernel", times["eager"])
+    floor_ms = 1e3 * max(problem.kv_bytes / copy, problem.flops / matmul)
     return {
         "width": len(query),
         "distinct_tokens": problem.layout.distinct_tokens,
@@ -225,8 +254,12 @@ def bench(problem: Problem, repeats: int) -> dict[str, Any]:
         "kv_bytes": problem.kv_bytes,
         "ms": {name: round(times[name], 4) if name in times else None for name in sides},
         "max_error": {name: float(f"{error:.2g}") for name, error in errors.items()},
-        "plan_ms": None if plan_ms is None else round(plan_ms, 3),
+        "plan_ms": {name: round(one, 3) for name, one in plan_ms.items()},
+        "cascade": cascade,
         "gb_s": round(problem.kv_bytes / ours / 1e6, 1),
+        "of_copy": round(1e3 * problem.kv_bytes / ours / copy, 3),
+        "floor_ms": float(f"{floor_ms:.3g}"),
+        "over_floor": round(ours / floor_ms, 2),
         "speedup_over": {name: round(one / ours, 2) for name, one in times.items() if one is not ours},
     }
 
@@ -245,28 +278,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     shape, device = SHAPES[options.shape], torch.device(options.device)
     widths = options.widths or ((4, 8) if toy else (16, 64, 256))
     prompts = options.prompts or ((40,) if toy else (2048, 16384, 65536))
-    copy = copy_gb_s(options.device)
+    dtype = getattr(torch, options.dtype)
+    copy, matmul = 1e9 * copy_gb_s(options.device), matmul_flops_per_s(dtype, options.device)
     results: list[dict[str, Any]] = []
-    names = ("kernel", "eager", "sdpa", "flex")
-    print(
-        f"{'prompt':>8}{'width':>7}" + "".join(f"{name + ' ms':>11}" for name in names) + f"{'GB/s':>9}{'of copy':>9}"
-    )
+    names = ("kernel", "eager", "sdpa", "flex", "cascade", "paged")
+    heads = "".join(f"{name + ' ms':>11}" for name in names)
+    print(f"{'prompt':>8}{'width':>7}{heads}{'GB/s':>9}{'of copy':>9}{'/ floor':>9}")
     for prompt in prompts:
         for width in widths:
-            problem = build_problem(shape, width, prompt, getattr(torch, options.dtype), device)
-            result = {"prompt": prompt, **bench(problem, options.repeats)}
-            result["of_copy"] = round(result["gb_s"] / copy, 3)
+            problem = build_problem(shape, width, prompt, dtype, device)
+            result = {"prompt": prompt, **bench(problem, options.repeats, copy, matmul)}
             results.append(result)
             cells = (result["ms"].get(name) for name in names)
             line = "".join(f"{'-' if cell is None else f'{cell:.3f}':>11}" for cell in cells)
-            print(f"{prompt:8}{width:7}{line}{result['gb_s']:9.1f}{result['of_copy']:9.1%}")
+            speeds = f"{result['gb_s']:9.1f}{result['of_copy']:9.1%}{result['over_floor']:9.2f}"
+            print(f"{prompt:8}{width:7}{line}{speeds}")
     row: dict[str, object] = {
         "bench": "attention",
         "shape": options.shape,
         "sizes": asdict(shape),
         "dtype": options.dtype,
         "implementation": "kernel" if "kernel" in results[0]["ms"] else "eager",
-        "copy_gb_s": round(copy, 1),
+        "copy_gb_s": round(copy / 1e9, 1),
+        "matmul_gflop_s": round(matmul / 1e9),
         "results": results,
         **provenance(options.device),
     }

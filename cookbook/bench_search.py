@@ -1,16 +1,16 @@
 """Replay search trees through random weights: the engine at the size of real models, without a checkpoint.
 
 A replay says which nodes get how many children of how many tokens (`replay.py`). All sides decode the same tree: ours
-over the tree cache, fed the recorded tokens, with a token drawn at every step and thrown away; `generate`, which reads
-whole padded paths anew each round; transformers' continuous batching and vLLM, which find read prefixes in their
-caches. The last three go on with what they draw, and all draw the recorded number of tokens (`generate` in each round
-as many as the longest step has).
+over the tree cache (`replay_searches.py`), fed the recorded tokens, with a token drawn at every step and thrown away,
+and the peers (`replay_players.py`): `generate`, continuous batching, vLLM. They go on with what they draw, and all draw
+the recorded number of tokens (`generate` in each round as many as the longest step has).
 
     python cookbook/bench_search.py --shape toy                        # seconds; writes no row
     python cookbook/bench_search.py --shape reference                  # the shape of the shipped policy; minutes
     python cookbook/bench_search.py --shape llama-3.2-1b --widths 16 --rounds 2 --sides ours --steps 0
     python cookbook/bench_search.py --shape llama-3.1-8b --device cuda --compile --peer-rounds 2
     python cookbook/bench_search.py --shape qwen2.5-7b --device cuda --trees FILE.json --trace FOLDER
+    python cookbook/bench_search.py --shape llemma-7b --device cuda --compile --widths 64 --sides --pools 49152 98304
     python cookbook/bench_search.py --roofline                         # the table of roofline.md; no model is run
 
 Where passes are CUDA graphs, ours plays every tree once before the clock runs, which captures them; the row says how
@@ -20,378 +20,70 @@ over the sum of their floors: the larger of memory (weights and every distinct K
 large copy) and matmul (2 x weights x rows, at the speed of a large product). What the copy and the product measure is
 part of the row; on a busy machine both are low, and the ratio flatters. CPU seconds stand beside the wall times in the
 row.
+
+`--pools` then plays several searches at once: `--together` trees of each strategy and width, grown from seeds in a row,
+in a KV pool of so many tokens. Each runs in the same forward passes as the others, and the next one starts as soon as
+the peaks of those that run leave room for its own. So the smaller trees are, the more searches share the reading of the
+weights. A tree that does not fit alone is not run; ETS is set against REBASE where all trees of both are. `--sides`
+without a name leaves the trees alone out.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import resource
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from replay import MATH500, DecodeStep, Replay, Round, Workload, decode_steps, grow, read_traces, read_trees
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from replay import Replay, Round, decode_steps, grow, read_traces, read_trees
+from replay_floors import (
+    H200,
+    REAL,
+    SHAPES,
+    STRATEGIES,
+    WIDTHS,
+    Shape,
+    Speed,
+    floor_s,
+    num_parameters,
+    roofline,
+    step_bytes,
+    step_flops,
+)
+from replay_players import (
+    Ids,
+    Played,
+    Player,
+    build_models,
+    continuous_player,
+    generate_player,
+    share_weights,
+    token_ids,
+    vllm_player,
+    widest,
+)
+from replay_searches import Together, our_player, peak_pages, play_together
+from transformers import PreTrainedModel
 
 from ets_engine.config import EngineConfig
-from ets_engine.evaluation.machine import copy_gb_s, provenance
-from ets_engine.runtime import Runner, SamplingParams, uniforms
-from ets_engine.runtime.transfer import Readback, upload
+from ets_engine.evaluation.machine import copy_gb_s, matmul_flops_per_s, provenance
+from ets_engine.kv import KVPool
+from ets_engine.runtime import Runner
 
 RESULTS = Path(__file__).parent / "results" / "bench_search.jsonl"
 SIDES = ("ours", "generate", "continuous", "vllm")
-STRATEGIES = ("rebase", "ets")
-WIDTHS = (16, 64, 256)
 WARM_UP = Replay("warm-up", 8, (Round((0, 0), (3, 2)), Round((1, 1), (2, 2))))
 T = TypeVar("T")
-Ids = list[list[int]]  # of each node
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A model's sizes (counts), and what is searched with it by default."""
-
-    family: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    context_tokens: int = 131_072
-    work: Workload = MATH500
-    widths: tuple[int, ...] = WIDTHS
-
-    @property
-    def kv_numbers(self) -> int:
-        """K and V of one token over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
-    @property
-    def read_weights(self) -> int:
-        """Weights that a decode step multiplies by: all but an embedding table that is no head."""
-        return num_parameters(self) - (0 if self.tied else self.vocabulary * self.hidden)
-
-
-SHAPES = {
-    "llama-3.2-1b": Shape("llama", 16, 2048, 8192, 32, 8, 64, 128_256, tied=True),
-    "qwen2.5-7b": Shape("qwen2", 28, 3584, 18_944, 28, 4, 128, 152_064, tied=False),
-    "llama-3.1-8b": Shape("llama", 32, 4096, 14_336, 32, 8, 128, 128_256, tied=False),
-    "reference": Shape("llama", 6, 192, 512, 6, 3, 32, 133, tied=True, work=Workload(30, 12, 28, 5), widths=(16, 64)),
-    "toy": Shape("llama", 2, 64, 128, 4, 2, 16, 256, tied=True, work=Workload(24, 3, 8, 4), widths=(4, 8)),
-}
-REAL = ("llama-3.2-1b", "qwen2.5-7b", "llama-3.1-8b")
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Of a machine: bytes per second through memory, floating-point operations per second in a large matmul."""
-
-    bytes_per_s: float
-    flops_per_s: float
-
-
-H200 = Speed(4.8e12, 989e12)  # as published: HBM3e bandwidth, dense bf16
-
-
-class Unavailable(Exception):
-    """Why a peer cannot run here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Played:
-    """One replay by one side; KV figures are None where a side does not show them.
-
-    Attributes:
-        seconds, cpu_seconds: From the prompt to the last token.
-        step_seconds: Of each decode step, drawing included, in the order of `decode_steps`; empty for peers.
-        mean_kv_tokens, peak_kv_tokens: Held, over decode steps.
-        peak_kv_bytes: Memory behind the peak, rounding up to pages included.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    step_seconds: tuple[float, ...] = ()
-    mean_kv_tokens: float | None = None
-    peak_kv_tokens: int | None = None
-    peak_kv_bytes: int | None = None
-
-
-Player = Callable[[Replay, Ids], Played]
-
-
-# ------------------------------------------------------------------ models and floors
-
-
-def model_config(shape: Shape) -> Any:
-    """The transformers config of a shape; no end of text, so that nothing ends early."""
-    return AutoConfig.for_model(
-        shape.family,
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.context_tokens,
-        tie_word_embeddings=shape.tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-
-
-@cache
-def num_parameters(shape: Shape) -> int:
-    """Of the model with its head, shared ones once; nothing is allocated."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config(shape)).num_parameters()
-
-
-def build_models(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Two models over the same random weights: one for the runner, which changes its attention, one for the peers."""
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(model_config(shape), dtype=dtype).eval()
-    return model, share_weights(model)
-
-
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with a config of its own over the same weights."""
-    return copy.deepcopy(model, {id(one): one for one in model.parameters()})
-
-
-def matmul_flops_per_s(dtype: torch.dtype, device: str, repeats: int = 5) -> float:
-    """Of a large square product, the best of some tries."""
-    size = 8192 if device.startswith("cuda") else 1024
-    left = torch.randn((size, size), device=device).to(dtype)
-    best_s = float("inf")
-    for _ in range(repeats + 1):  # the first one prepares
-        began_s = time.perf_counter()
-        torch.mm(left, left)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        best_s = min(best_s, time.perf_counter() - began_s)
-    return 2 * size**3 / best_s
-
-
-def step_bytes(step: DecodeStep, shape: Shape, itemsize: int) -> int:
-    """Weights once and every distinct KV token once."""
-    return (shape.read_weights + step.read_tokens * shape.kv_numbers) * itemsize
-
-
-def step_flops(step: DecodeStep, shape: Shape) -> int:
-    """2 x weights x rows; attention, a few percent at these lengths, is left out."""
-    return 2 * shape.read_weights * step.rows
-
-
-def floor_s(step: DecodeStep, shape: Shape, itemsize: int, speed: Speed) -> float:
-    """Seconds below which the step cannot go on a machine."""
-    return max(step_bytes(step, shape, itemsize) / speed.bytes_per_s, step_flops(step, shape) / speed.flops_per_s)
-
-
-# ------------------------------------------------------------------ the sides
-
-
-def token_ids(tree: Replay, vocabulary: int, seed: int) -> Ids:
-    """Random ids for every node, as many as were recorded; 0 is padding and left out."""
-    rng = np.random.default_rng(seed)
-    counts = [tree.prompt_tokens, *(count for one in tree.rounds for count in one.num_tokens)]
-    return [rng.integers(1, vocabulary, count).tolist() for count in counts]
-
-
-def our_player(runner: Runner, seed: int = 0) -> Player:
-    """Over the tree cache: forks, one token per live branch and forward pass, releases as the replay says."""
-    tree, sampling, readback = runner.tree, SamplingParams(), Readback(runner.device)
-    drawn = torch.empty(0)
-
-    def sample(hidden: torch.Tensor, states: Sequence[int], nodes: Sequence[int], positions: Sequence[int]) -> None:
-        """A token for each node from its row of the hidden states, as a search would."""
-        nonlocal drawn
-        if list(states) != list(range(len(hidden))):
-            hidden = hidden[upload(states, runner.device, torch.int64)]
-        drawn = runner.draw(hidden, [sampling] * len(nodes), uniforms([seed] * len(nodes), nodes, positions))[0]
-        readback.mark()
-
-    def read() -> None:
-        """The tokens drawn last; a GPU is at work on the next pass by then, as in a search."""
-        with readback.reading():
-            drawn.tolist()
-
-    readback.mark()
-
-    @torch.inference_mode()
-    def play(replay: Replay, ids: Ids) -> Played:
-        began_s, cpu_s = time.perf_counter(), time.process_time()
-        tree.reset_peak()
-        leaves = {0: (tree.root(), ids[0])}  # KV node, and the tokens at its end that are not read yet
-        step_seconds, resident = [], []
-        for one, children in replay.numbered():
-            for node in leaves.keys() - set(one.retained):
-                tree.release(leaves.pop(node)[0])
-            step_s = time.perf_counter()
-            hidden = runner.extend_last([leaves[node] for node in one.retained])
-            read()
-            rows = {node: row for row, node in enumerate(one.retained)}
-            handles = [tree.fork(leaves[parent][0]) for parent in one.parents]
-            ends = [tree.path_tokens(handle) for handle in handles]
-            sample(hidden, [rows[parent] for parent in one.parents], children, ends)
-            if one.retained != (0,):
-                step_seconds.append(time.perf_counter() - step_s)
-                resident.append(tree.resident_tokens)
-            for done in range(1, max(one.num_tokens)):
-                step_s = time.perf_counter()
-                live = [row for row, count in enumerate(one.num_tokens) if count > done]
-                hidden = runner.extend_last([(handles[row], [ids[children[row]][done - 1]]) for row in live])
-                read()
-                sample(hidden, range(len(live)), [children[row] for row in live], [ends[row] + done for row in live])
-                step_seconds.append(time.perf_counter() - step_s)
-                resident.append(tree.resident_tokens)
-            leaves |= {child: (handle, ids[child][-1:]) for child, handle in zip(children, handles, strict=True)}
-        read()
-        for handle, _ in leaves.values():
-            tree.release(handle)
-        return Played(
-            time.perf_counter() - began_s,
-            time.process_time() - cpu_s,
-            tuple(step_seconds),
-            statistics.mean(resident) if resident else 0.0,
-            tree.peak_tokens,
-            tree.peak_pages * tree.pool.page_tokens * runner.bytes_per_token,
-        )
-
-    return play
-
-
-def generate_player(model: PreTrainedModel) -> Player:
-    """One `generate` per round on whole paths, left-padded, each with KV of its own."""
-    generate: Any = model.generate
-
-    def play(replay: Replay, ids: Ids) -> Played:
-        began_s, cpu_s = time.perf_counter(), time.process_time()
-        paths, held, peak_bytes = {0: ids[0]}, [], 0
-        for one, children in replay.numbered():
-            new = max(one.num_tokens)
-            longest = max(len(paths[parent]) for parent in one.parents)
-            padding = [longest - len(paths[parent]) for parent in one.parents]
-            rows = [[0] * pad + paths[parent] for pad, parent in zip(padding, one.parents, strict=True)]
-            mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
-            output = generate(
-                torch.tensor(rows, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=new,
-                max_new_tokens=new,
-                return_dict_in_generate=True,
-            )
-            cached = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-            peak_bytes = max(peak_bytes, sum(tensor.nbytes for tensor in cached))
-            held += [len(rows) * (longest + done) for done in range(1, new)]
-            drawn = output.sequences[:, longest:].tolist()
-            paths = {
-                child: paths[parent] + drawn[row][:count]
-                for row, (child, parent, count) in enumerate(zip(children, one.parents, one.num_tokens, strict=True))
-            }
-        seconds = time.perf_counter() - began_s, time.process_time() - cpu_s
-        return Played(*seconds, (), statistics.mean(held or [0]), max(held, default=0), peak_bytes)
-
-    return play
-
-
-def continuous_player(model: PreTrainedModel) -> Player:
-    """Continuous batching of transformers: paged, finds read prefixes again, ends every path with its step."""
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-    page_tokens = 32  # short enough for steps to be shared; the default of 256 would share little
-    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=1, eos_token_id=-1, pad_token_id=0)
-    serve: Any = model.continuous_batching_context_manager
-
-    def play(replay: Replay, ids: Ids) -> Played:
-        pages = (replay.longest_path_tokens // page_tokens + 2) * _widest(replay)  # nothing shared at worst
-        on_cpu = model.device.type == "cpu"  # where it cannot tell how much memory is free
-        config = ContinuousBatchingConfig(
-            page_size=page_tokens,
-            num_blocks=pages if on_cpu else None,
-            max_batch_tokens=max(2048, _widest(replay)) if on_cpu else None,
-        )
-        with serve(settings, continuous_batching_config=config) as manager:
-            began_s, cpu_s = time.perf_counter(), time.process_time()
-            paths = {0: ids[0]}
-            for one, children in replay.numbered():
-                asked = {
-                    manager.add_request(paths[parent], max_new_tokens=count): (child, parent)
-                    for child, parent, count in zip(children, one.parents, one.num_tokens, strict=True)
-                }
-                grown: dict[int, list[int]] = {}
-                while len(grown) < len(asked):
-                    result = manager.get_result(timeout=1)
-                    if result is None and not manager.is_running():
-                        raise Unavailable("its generation thread ended")
-                    if result is None or not result.is_finished():
-                        continue
-                    if result.error is not None:
-                        raise Unavailable(f"it failed: {result.error}")
-                    child, parent = asked[result.request_id]
-                    grown[child] = paths[parent] + list(result.generated_tokens)
-                paths = grown
-            return Played(time.perf_counter() - began_s, time.process_time() - cpu_s)
-
-    return play
-
-
-def vllm_player(model: PreTrainedModel, dtype: torch.dtype, context_tokens: int) -> Player:
-    """A vLLM with random weights of the same shape and its prefix cache on; half of the GPU is its own."""
-    try:
-        import vllm  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise Unavailable("vllm is not installed") from None
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        llm = vllm.LLM(
-            model=folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype=str(dtype).removeprefix("torch."),
-            enable_prefix_caching=True,
-            max_model_len=context_tokens,
-            gpu_memory_utilization=0.5,
-        )
-
-    def play(replay: Replay, ids: Ids) -> Played:
-        began_s, cpu_s = time.perf_counter(), time.process_time()
-        paths = {0: ids[0]}
-        for one, children in replay.numbered():
-            outputs = llm.generate(
-                [{"prompt_token_ids": paths[parent]} for parent in one.parents],
-                [vllm.SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False) for count in one.num_tokens],
-                use_tqdm=False,
-            )
-            paths = {
-                child: paths[parent] + list(output.outputs[0].token_ids)
-                for child, parent, output in zip(children, one.parents, outputs, strict=True)
-            }
-        return Played(time.perf_counter() - began_s, time.process_time() - cpu_s)
-
-    return play
-
-
-def _widest(replay: Replay) -> int:
-    return max(len(one.parents) for one in replay.rounds)
-
-
-# ------------------------------------------------------------------ the run
+# ------------------------------------------------------------------ one by one
 
 
 def describe(played: Sequence[Played], replay: Replay, shape: Shape, itemsize: int, speed: Speed) -> dict[str, Any]:
@@ -521,20 +213,19 @@ def attempt(name: str, work: Callable[[], T]) -> T | None:
         return None
 
 
-def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+def play_alone(
+    options: argparse.Namespace, runner: Runner, plain: PreTrainedModel, shape: Shape, speed: Speed
+) -> dict[str, Any]:
     """Every side on every tree, interleaved, then the leak check."""
-    speed = Speed(1e9 * copy_gb_s(options.device), matmul_flops_per_s(dtype, options.device))
     asked = load_replays(options, shape)
-    model, plain = build_models(shape, dtype, options.device, options.seed)
-    runner = Runner(model, EngineConfig(compile_layers=options.compile))
     work = [(replay, token_ids(replay, shape.vocabulary, options.seed)) for replay, _ in asked]
     context_tokens = max(replay.longest_path_tokens for replay, _ in asked)
     players = make_players(options, runner, plain, context_tokens)
     print(f"{'tree':24}{'side':12}{'tokens/s':>10}{'s':>9}{'mean KV':>10}{'peak KV':>10}{'peak MB':>10}", end="")
     print(f"{'step ms':>10}{'floor ms':>10}{'/ floor':>9}")
     rows: list[dict[str, Any]] = []
-    for (replay, ids), (_, sides_asked) in zip(work, asked, strict=True):
-        runs: dict[str, list[Played]] = {name: [] for name in players if name in sides_asked}
+    for (replay, ids), (_, names) in zip(work, asked, strict=True):
+        runs: dict[str, list[Played]] = {name: [] for name in players if name in names}
         first_s = players["ours"](replay, ids).seconds if runner.uses_graphs and "ours" in players else None
         for _ in range(options.repeats):
             for name in list(runs):
@@ -542,44 +233,31 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
                     del players[name], runs[name]
                 else:
                     runs[name].append(played)
-        sides = {name: describe(played, replay, shape, dtype.itemsize, speed) for name, played in runs.items()}
+        sides = {name: describe(played, replay, shape, runner.dtype.itemsize, speed) for name, played in runs.items()}
         rows.append(
             {
                 "tree": replay.name,
                 "prompt_tokens": replay.prompt_tokens,
                 "tokens": replay.generated_tokens,
                 "rounds": len(replay.rounds),
-                "width": _widest(replay),
+                "width": widest(replay),
                 "ours_capturing_s": first_s and round(first_s, 3),
                 "sides": sides,
             }
         )
         for name, side in sides.items():
             print_side(replay, name, side)
-    row = {
-        "bench": "search",
-        "shape": options.shape,
-        "model": asdict(shape),
-        "parameters": num_parameters(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "compiled": options.compile,
-        "uses_graphs": runner.uses_graphs,
-        "copy_gb_s": round(speed.bytes_per_s / 1e9, 1),
-        "matmul_gflop_s": round(speed.flops_per_s / 1e9, 1),
-        "trees": rows,
-        "ets_over_rebase": compare_strategies(rows),
-        **provenance(options.device),
-        "seed": options.seed,
-    }
-    for width, ratio in row["ets_over_rebase"].items():
+    ratios = compare_strategies(rows)
+    for width, ratio in ratios.items():
         print(
             f"width {width}: ETS's tree {ratio['searches_per_s_ratio']} x the searches/s of REBASE's, "
             f"1/{ratio['mean_kv_ratio']} of the mean KV"
         )
+    found: dict[str, Any] = {"trees": rows, "ets_over_rebase": ratios}
     if options.steps and "ours" in players:
-        row["memory"] = check_leaks(runner, players["ours"], work, options.steps)
-        print("memory: " + ", ".join(f"{name} {value}" for name, value in row["memory"].items()))
-    return row
+        found["memory"] = check_leaks(runner, players["ours"], work, options.steps)
+        print("memory: " + ", ".join(f"{name} {value}" for name, value in found["memory"].items()))
+    return found
 
 
 def print_side(replay: Replay, name: str, side: dict[str, Any]) -> None:
@@ -604,47 +282,151 @@ def print_side(replay: Replay, name: str, side: dict[str, Any]) -> None:
     )
 
 
-# ------------------------------------------------------------------ the roofline
+# ------------------------------------------------------------------ several at once
 
 
-def roofline(widths: Sequence[int], seed: int, speeds: dict[str, Speed]) -> str:
-    """A Markdown table of the grown trees' decode steps in bf16: what one moves and multiplies on average, and floors.
-
-    Args:
-        widths: Of the searches.
-        seed: Of the trees.
-        speeds: Machines by name; each gets three columns.
-    """
-    heads = ["shape", "width", "tree", "rows", "KV tokens read", "GB", "TFLOP"]
-    for name in speeds:
-        heads += [f"{name}: memory ms", "matmul ms", "tokens/s <="]
-    lines = [_markdown(heads), "|" + "---|" * len(heads)]
-    trees = [(width, strategy, grow(strategy, width, MATH500, seed)) for width in widths for strategy in STRATEGIES]
-    for shape_name in REAL:
-        shape = SHAPES[shape_name]
-        for width, strategy, replay in trees:
-            steps = decode_steps(replay)
-            rows, read = (statistics.mean(column) for column in list(zip(*steps, strict=True))[:2])
-            moved = statistics.mean(step_bytes(step, shape, 2) for step in steps)
-            flops = statistics.mean(step_flops(step, shape) for step in steps)
-            cells = [shape_name, str(width), {"rebase": "REBASE", "ets": "ETS"}[strategy]]
-            cells += [_short(number) for number in (rows, read, moved / 1e9, flops / 1e12)]
-            for speed in speeds.values():
-                total_s = sum(floor_s(step, shape, 2, speed) for step in steps)
-                floors = 1e3 * moved / speed.bytes_per_s, 1e3 * flops / speed.flops_per_s
-                cells += [_short(number) for number in (*floors, replay.generated_tokens / total_s)]
-            lines.append(_markdown(cells))
-    return "\n".join(lines)
+def play_pools(options: argparse.Namespace, runner: Runner, shape: Shape) -> dict[str, Any]:
+    """Trees of every width and strategy in every KV pool; the runner's own pool is gone."""
+    widths, seeds = options.widths or shape.widths, range(options.seed, options.seed + options.together)
+    trees = {
+        width: {
+            strategy: [grow(strategy, width, shape.work, seed).cut(options.rounds) for seed in seeds]
+            for strategy in STRATEGIES
+        }
+        for width in widths
+    }
+    print(f"{'pool':>10}{'width':>7}  {'trees':8}{'fit':>6}{'at once':>9}{'rows':>8}{'s':>9}", end="")
+    print(f"{'tokens/s':>10}{'searches/s':>12}")
+    rows: list[dict[str, Any]] = []
+    for pool_tokens in options.pools:
+        if attempt(f"pool of {pool_tokens} tokens", partial(use_pool, runner, pool_tokens)) is None:
+            continue
+        for width in widths:
+            for strategy, found in play_pool(runner, trees[width], options.seed, options.repeats).items():
+                rows.append({"pool_tokens": pool_tokens, "width": width, "strategy": strategy, **found})
+                print_pool(rows[-1])
+    ratios = compare_pools(rows)
+    print(f"{'pool':>10}{'width':>7}  searches/s of ETS / REBASE")
+    for one in ratios:
+        print(f"{one['pool_tokens']:10}{one['width']:7}  {one['searches_per_s_ratio']:.3f}")
+    return {"pools": rows, "pools_ets_over_rebase": ratios}
 
 
-def _markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def play_pool(runner: Runner, trees: dict[str, list[Replay]], seed: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Figures of every strategy's trees in the runner's pool, as many at once as fit; strategies are interleaved."""
+    pool, vocabulary = runner.tree.pool, runner.model.config.vocab_size
+    work = {
+        strategy: [
+            (replay, token_ids(replay, vocabulary, seed + number))
+            for number, replay in enumerate(replays)
+            if peak_pages(replay, pool.page_tokens) <= pool.num_pages
+        ]
+        for strategy, replays in trees.items()
+    }
+    playing = [strategy for strategy in trees if work[strategy]]
+    warm_up = [(WARM_UP, token_ids(WARM_UP, vocabulary, seed))]
+    first: dict[str, Together] = {}
+    for strategy in playing:
+        prepared = together_at_first(work[strategy], pool) if runner.uses_graphs else warm_up
+        first[strategy] = play_together(runner, prepared, seed)
+    runs: dict[str, list[Together]] = {strategy: [] for strategy in playing}
+    for _ in range(repeats):
+        for strategy in playing:
+            runs[strategy].append(play_together(runner, work[strategy], seed))
+    found: dict[str, dict[str, Any]] = {}
+    for strategy, replays in trees.items():
+        fitting = [replay for replay, _ in work[strategy]]
+        found[strategy] = {"searches": len(fitting), "do_not_fit": len(replays) - len(fitting)}
+        if fitting:
+            found[strategy]["capturing_s"] = round(first[strategy].seconds, 3) if runner.uses_graphs else None
+            found[strategy] |= describe_together(fitting, runs[strategy], pool.page_tokens)
+    return found
 
 
-def _short(number: float) -> str:
-    """Three digits."""
-    rounded = float(f"{number:.3g}")
-    return f"{rounded:.0f}" if rounded >= 100 else f"{rounded:.3g}"
+def together_at_first(work: Sequence[tuple[Replay, Ids]], pool: KVPool) -> Sequence[tuple[Replay, Ids]]:
+    """Those that fill a pool before any has ended; most graphs that the others need are captured with them."""
+    ends = accumulate(peak_pages(replay, pool.page_tokens) for replay, _ in work)
+    return work[: sum(end <= pool.num_pages for end in ends)]
+
+
+def use_pool(runner: Runner, tokens: int) -> KVPool:
+    """Give a runner an empty KV pool of so many tokens, all taken now; there need not be memory for the old one too."""
+    runner.reserve(runner.config.page_tokens)
+    runner.reserve(tokens)
+    pool = runner.tree.pool
+    assert pool.max_pages is not None
+    pool.free(pool.allocate(pool.max_pages))
+    return pool
+
+
+def describe_together(replays: Sequence[Replay], played: Sequence[Together], page_tokens: int) -> dict[str, Any]:
+    """Figures of some searches at once, from all of their runs."""
+    median_s = statistics.median(one.seconds for one in played)
+    last = played[-1]
+    return {
+        "at_once": last.at_once,
+        "seconds": [round(one.seconds, 4) for one in played],
+        "cpu_seconds": [round(one.cpu_seconds, 4) for one in played],
+        "searches_per_s": round(len(replays) / median_s, 4),
+        "tokens_per_s": round(sum(replay.generated_tokens for replay in replays) / median_s, 1),
+        "passes": last.passes,
+        "mean_rows": round(last.rows / last.passes, 2),
+        "peak_page_slots": last.peak_pages * page_tokens,
+    }
+
+
+def compare_pools(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """ETS's searches per second over REBASE's, by pool and width, where all trees of both fit."""
+    found = {(row["pool_tokens"], row["width"], row["strategy"]): row for row in rows if not row["do_not_fit"]}
+    return [
+        {
+            "pool_tokens": pool_tokens,
+            "width": width,
+            "searches_per_s_ratio": round(row["searches_per_s"] / other["searches_per_s"], 3),
+        }
+        for (pool_tokens, width, strategy), row in found.items()
+        if strategy == "ets" and (other := found.get((pool_tokens, width, "rebase"))) is not None
+    ]
+
+
+def print_pool(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    fit = f"{row['searches']}/{row['searches'] + row['do_not_fit']}"
+    print(f"{row['pool_tokens']:10}{row['width']:7}  {row['strategy']:8}{fit:>6}", end="")
+    if row["searches"]:
+        print(f"{row['at_once']:9}{row['mean_rows']:8.1f}{statistics.median(row['seconds']):9.2f}", end="")
+        print(f"{row['tokens_per_s']:10.1f}{row['searches_per_s']:12.3f}", flush=True)
+    else:
+        print("  does not fit", flush=True)
+
+
+# ------------------------------------------------------------------ the run
+
+
+def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """The trees one by one, then several at once."""
+    speed = Speed(1e9 * copy_gb_s(options.device), matmul_flops_per_s(dtype, options.device))
+    model, plain = build_models(shape, dtype, options.device, options.seed)
+    runner = Runner(model, EngineConfig(compile_layers=options.compile))
+    row: dict[str, Any] = {
+        "bench": "search",
+        "shape": options.shape,
+        "model": asdict(shape),
+        "parameters": num_parameters(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": options.compile,
+        "uses_graphs": runner.uses_graphs,
+        "copy_gb_s": round(speed.bytes_per_s / 1e9, 1),
+        "matmul_gflop_s": round(speed.flops_per_s / 1e9, 1),
+        **provenance(options.device),
+        "seed": options.seed,
+    }
+    if options.sides:
+        row |= play_alone(options, runner, plain, shape, speed)
+    del plain  # where the runner has joined layers, theirs are separate weights, and pools are large
+    if options.pools:
+        row |= play_pools(options, runner, shape)
+    return row
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -661,7 +443,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument(
         "--peer-rounds", type=int, help="peers play only so many rounds of every tree, and so does ours beside them"
     )
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES, help="on each tree alone")
+    parser.add_argument("--pools", type=int, nargs="+", default=[], help="KV tokens; then trees are played at once")
+    parser.add_argument("--together", type=int, default=8, help="trees of each strategy and width in a pool")
     parser.add_argument("--steps", type=int, default=1000, help="decode steps of the leak check, 0 = none")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 for reference and toy")

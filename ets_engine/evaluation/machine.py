@@ -1,4 +1,4 @@
-"""What something was measured on: machine, versions, commit, and how fast its memory copies."""
+"""What something was measured on: machine, versions, commit, and how fast it copies and multiplies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16")  # that matter to matmuls
 COPY_BYTES = 1 << 28
@@ -44,6 +47,22 @@ def copy_gb_s(device: str = "cpu", repeats: int = 5) -> float:
             torch.cuda.synchronize(source.device)
         best_s = min(best_s, time.perf_counter() - began_s)
     return 2 * COPY_BYTES / best_s / 1e9
+
+
+def matmul_flops_per_s(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> float:
+    """Floating-point operations per second of a large square product, the best of some tries."""
+    import torch
+
+    size = 8192 if device.startswith("cuda") else 1024
+    left = torch.randn((size, size), device=device).to(dtype)
+    best_s = float("inf")
+    for _ in range(repeats + 1):  # the first one prepares
+        began_s = time.perf_counter()
+        torch.mm(left, left)
+        if left.device.type == "cuda":
+            torch.cuda.synchronize(left.device)
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return 2 * size**3 / best_s
 
 
 def _machine(device: str) -> dict[str, Any]:
