@@ -238,8 +238,8 @@ def test_a_pool_is_taken_before_the_clock_runs(bench: ModuleType, runner: Runner
 def test_graphs_are_captured_with_those_that_fill_the_pool_at_first(
     bench: ModuleType, runner: Runner, replay: ModuleType
 ) -> None:
-    pool = bench.use_pool(runner, 100)
-    tokens = pool.num_pages * pool.page_tokens // 2 - pool.page_tokens  # and a page for the step
+    pool = bench.use_pool(runner, 96)
+    tokens = (pool.num_pages // 2 - 1) * pool.page_tokens  # and a page for the step
     work = [(replay.Replay(str(number), tokens, (replay.Round((0,), (2,)),)), []) for number in range(3)]
     assert [one.name for one, _ in bench.together_at_first(work, pool)] == ["0", "1"]
 
