@@ -13,6 +13,7 @@ the recorded number of tokens (`generate` in each round as many as the longest s
     python cookbook/bench_search.py --shape llemma-7b --device cuda --compile --widths 64 --sides --pools 49152 98304
     python cookbook/bench_search.py --roofline                         # the table of roofline.md; no model is run
 
+vLLM takes half of a GPU for itself, and changes settings of the process: give it a run of its own (`--sides vllm`).
 Where passes are CUDA graphs, ours plays every tree once before the clock runs, which captures them; the row says how
 long that took. Without `--trees` and `--trace` the trees are grown by REBASE and ETS (`replay.grow`). Prints a table,
 then one JSON line, and appends that line to `results/bench_search.jsonl`. "/ floor" is the time of all decode steps
@@ -188,14 +189,14 @@ def compare_strategies(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, fl
 
 
 def make_players(
-    options: argparse.Namespace, runner: Runner, plain: PreTrainedModel, context_tokens: int
+    options: argparse.Namespace, runner: Runner | None, plain: PreTrainedModel, context_tokens: int
 ) -> dict[str, Player]:
-    """The sides asked for that run here; why the others do not is printed."""
+    """The sides asked for that run here; why the others do not is printed. `ours` needs a runner."""
     makers: dict[str, Callable[[], Player]] = {
-        "ours": lambda: our_player(runner, options.seed),
+        "ours": lambda: our_player(_there(runner), options.seed),
         "generate": lambda: generate_player(plain),
         "continuous": lambda: continuous_player(share_weights(plain)),  # it changes the model's attention
-        "vllm": lambda: vllm_player(plain, runner.dtype, context_tokens),
+        "vllm": lambda: vllm_player(plain, plain.dtype, context_tokens),
     }
     ids = token_ids(WARM_UP, plain.config.vocab_size, options.seed)
     players = {name: player for name in options.sides if (player := attempt(name, makers[name])) is not None}
@@ -214,10 +215,14 @@ def attempt(name: str, work: Callable[[], T]) -> T | None:
 
 
 def play_alone(
-    options: argparse.Namespace, runner: Runner, plain: PreTrainedModel, shape: Shape, speed: Speed
+    options: argparse.Namespace,
+    asked: Sequence[tuple[Replay, list[str]]],
+    runner: Runner | None,
+    plain: PreTrainedModel,
+    shape: Shape,
+    speed: Speed,
 ) -> dict[str, Any]:
-    """Every side on every tree, interleaved, then the leak check."""
-    asked = load_replays(options, shape)
+    """Every side on every tree that it is asked for, interleaved, then the leak check."""
     work = [(replay, token_ids(replay, shape.vocabulary, options.seed)) for replay, _ in asked]
     context_tokens = max(replay.longest_path_tokens for replay, _ in asked)
     players = make_players(options, runner, plain, context_tokens)
@@ -226,14 +231,14 @@ def play_alone(
     rows: list[dict[str, Any]] = []
     for (replay, ids), (_, names) in zip(work, asked, strict=True):
         runs: dict[str, list[Played]] = {name: [] for name in players if name in names}
-        first_s = players["ours"](replay, ids).seconds if runner.uses_graphs and "ours" in players else None
+        first_s = players["ours"](replay, ids).seconds if runner is not None and runner.uses_graphs else None
         for _ in range(options.repeats):
             for name in list(runs):
                 if (played := attempt(name, partial(players[name], replay, ids))) is None:
                     del players[name], runs[name]
                 else:
                     runs[name].append(played)
-        sides = {name: describe(played, replay, shape, runner.dtype.itemsize, speed) for name, played in runs.items()}
+        sides = {name: describe(played, replay, shape, plain.dtype.itemsize, speed) for name, played in runs.items()}
         rows.append(
             {
                 "tree": replay.name,
@@ -254,7 +259,7 @@ def play_alone(
             f"1/{ratio['mean_kv_ratio']} of the mean KV"
         )
     found: dict[str, Any] = {"trees": rows, "ets_over_rebase": ratios}
-    if options.steps and "ours" in players:
+    if options.steps and runner is not None:
         found["memory"] = check_leaks(runner, players["ours"], work, options.steps)
         print("memory: " + ", ".join(f"{name} {value}" for name, value in found["memory"].items()))
     return found
@@ -406,8 +411,11 @@ def print_pool(row: dict[str, Any]) -> None:
 def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     """The trees one by one, then several at once."""
     speed = Speed(1e9 * copy_gb_s(options.device), matmul_flops_per_s(dtype, options.device))
+    asked = load_replays(options, shape)
     model, plain = build_models(shape, dtype, options.device, options.seed)
-    runner = Runner(model, EngineConfig(compile_layers=options.compile))
+    runner = None
+    if "ours" in options.sides or options.pools:
+        runner = Runner(model, EngineConfig(compile_layers=options.compile, kv_pool_tokens=pool_for(asked)))
     row: dict[str, Any] = {
         "bench": "search",
         "shape": options.shape,
@@ -415,18 +423,29 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
         "parameters": num_parameters(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "compiled": options.compile,
-        "uses_graphs": runner.uses_graphs,
+        "uses_graphs": runner is not None and runner.uses_graphs,
         "copy_gb_s": round(speed.bytes_per_s / 1e9, 1),
         "matmul_gflop_s": round(speed.flops_per_s / 1e9, 1),
         **provenance(options.device),
         "seed": options.seed,
     }
     if options.sides:
-        row |= play_alone(options, runner, plain, shape, speed)
+        row |= play_alone(options, asked, runner, plain, shape, speed)
     del plain  # where the runner has joined layers, theirs are separate weights, and pools are large
     if options.pools:
-        row |= play_pools(options, runner, shape)
+        row |= play_pools(options, _there(runner), shape)
     return row
+
+
+def pool_for(asked: Sequence[tuple[Replay, list[str]]]) -> int:
+    """KV tokens that every tree fits in, one at a time; the rest of the memory is the peers'."""
+    page_tokens = EngineConfig().page_tokens
+    return page_tokens * max(peak_pages(replay, page_tokens) for replay in (WARM_UP, *(replay for replay, _ in asked)))
+
+
+def _there(runner: Runner | None) -> Runner:
+    assert runner is not None
+    return runner
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ and vLLM find read prefixes in their caches.
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import tempfile
 import time
@@ -148,7 +149,11 @@ def continuous_player(model: PreTrainedModel) -> Player:
 
 
 def vllm_player(model: PreTrainedModel, dtype: torch.dtype, context_tokens: int) -> Player:
-    """A vLLM with random weights of the same shape and its prefix cache on; half of the GPU is its own."""
+    """A vLLM with random weights of the same shape and its prefix cache on; half of the GPU is its own.
+
+    It runs in this process unless `VLLM_ENABLE_V1_MULTIPROCESSING=1` is set, so that its CPU seconds are counted.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         import vllm  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -166,6 +171,7 @@ def vllm_player(model: PreTrainedModel, dtype: torch.dtype, context_tokens: int)
         )
 
     def play(replay: Replay, ids: Ids) -> Played:
+        llm.reset_prefix_cache()  # of the last replay, which began with the same prompt
         began_s, cpu_s = time.perf_counter(), time.process_time()
         paths = {0: ids[0]}
         for one, children in replay.numbered():
