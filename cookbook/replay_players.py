@@ -7,6 +7,7 @@ and vLLM find read prefixes in their caches.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import statistics
 import tempfile
@@ -112,6 +113,8 @@ def continuous_player(model: PreTrainedModel) -> Player:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     page_tokens = 32  # short enough for steps to be shared; the default of 256 would share little
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    size: Any = {"page_size" if "page_size" in known else "block_size": page_tokens}  # transformers renamed it
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=1, eos_token_id=-1, pad_token_id=0)
     serve: Any = model.continuous_batching_context_manager
 
@@ -119,7 +122,7 @@ def continuous_player(model: PreTrainedModel) -> Player:
         pages = (replay.longest_path_tokens // page_tokens + 2) * widest(replay)  # nothing shared at worst
         on_cpu = model.device.type == "cpu"  # where it cannot tell how much memory is free
         config = ContinuousBatchingConfig(
-            page_size=page_tokens,
+            **size,
             num_blocks=pages if on_cpu else None,
             max_batch_tokens=max(2048, widest(replay)) if on_cpu else None,
         )
