@@ -121,7 +121,7 @@ def run_ours(runner: Runner, prompt: list[int], work: Workload, seed: int) -> in
     """Peak bytes of KV pages of one run."""
     decoder = StepDecoder(runner, NoTokenizer())
     runner.tree.reset_peak()
-    root = decoder.start(prompt, "bench")
+    root = decoder.leaves.start(prompt, "bench")
     rules = StopRules(strings=(), max_step_tokens=work.new_tokens)
     decoder.submit(
         [Branch(root, node, seed, SamplingParams(), rules, work.new_tokens) for node in range(1, work.branches + 1)]
@@ -129,7 +129,7 @@ def run_ours(runner: Runner, prompt: list[int], work: Workload, seed: int) -> in
     steps = decoder.run()
     assert all(len(step.token_ids) == work.new_tokens for step in steps)
     for leaf in (root, *(step.leaf for step in steps)):
-        decoder.release(leaf)
+        decoder.leaves.release(leaf)
     return runner.tree.peak_pages * runner.tree.pool.page_tokens * runner.bytes_per_token
 
 

@@ -27,7 +27,7 @@ def sample_solutions(
     """Some whole solutions of each problem."""
     tokenizer = decoder.tokenizer
     rules = StopRules(strings=(), eos_ids=frozenset({tokenizer.eos_token_id}), max_step_tokens=MAX_TOKENS)
-    leaves = [decoder.start(begin_ids(tokenizer, one.problem), place) for place, one in enumerate(problems)]
+    leaves = [decoder.leaves.start(begin_ids(tokenizer, one.problem), place) for place, one in enumerate(problems)]
     decoder.submit(
         [
             Branch(leaf, place * samples + i, seed, SamplingParams(temperature), rules, MAX_TOKENS)
@@ -36,11 +36,11 @@ def sample_solutions(
         ]
     )
     for done in decoder.run():
-        decoder.release(done.leaf)
+        decoder.leaves.release(done.leaf)
         yield problems[done.branch.parent.search], done.text
     for place, leaf in enumerate(leaves):
-        decoder.release(leaf)
-        decoder.forget(place)
+        decoder.leaves.release(leaf)
+        decoder.usages.forget(place)
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ class TreePolicy:
         Raises:
             ContextLengthError: It leaves no room for a token.
         """
-        self._leaves[0] = self._decoder.start(self._prompt_ids, self._search)
+        self._leaves[0] = self._decoder.leaves.start(self._prompt_ids, self._search)
         self._paths[0] = -1, tuple(self._prompt_ids)
         return len(self._prompt_ids)
 
@@ -118,7 +118,7 @@ class TreePolicy:
         Raises:
             PoolExhaustedError: The KV pool is full; nothing has changed.
         """
-        self._decoder.read_ahead(self._leaves[0], max_tokens)
+        self._decoder.leaves.read_ahead(self._leaves[0], max_tokens)
 
     def _queue(self, children: Iterable[int]) -> None:
         prompt_tokens = len(self._prompt_ids)
@@ -192,7 +192,7 @@ class TreePolicy:
         kept = {leaf: self._leaves[leaf] for leaf in leaves}
         for node, leaf in self._leaves.items():
             if node not in kept:
-                self._decoder.release(leaf)
+                self._decoder.leaves.release(leaf)
         self._leaves = kept
         self._paths = {node: self._paths[node] for node in ancestors(kept, self._paths)}
         self._carries = {node: carry for node, carry in self._carries.items() if node in kept}
@@ -203,7 +203,7 @@ class TreePolicy:
         self.usage.generated_tokens -= self._decoder.cancel(self._search)
         self.usage.shared_tokens = 0
         for leaf in self._leaves.values():
-            self._decoder.release(leaf)
+            self._decoder.leaves.release(leaf)
         self._dropped, self._leaves = tuple(self._leaves), {}
 
     def restore(self) -> None:
@@ -221,7 +221,7 @@ class TreePolicy:
             level = needed[:1]
             if level:
                 counted = self.usage.prompt_tokens, self.usage.cached_prompt_tokens
-                built[0] = self._decoder.start(self._paths[0][1], self._search)
+                built[0] = self._decoder.leaves.start(self._paths[0][1], self._search)
                 held.append(built[0])
                 self.usage.prompt_tokens, self.usage.cached_prompt_tokens = counted
             while level:
@@ -229,13 +229,13 @@ class TreePolicy:
                 built |= self._read_again(level, built, held)
         except BaseException:
             for leaf in held:
-                self._decoder.release(leaf)
+                self._decoder.leaves.release(leaf)
             raise
         self._leaves, self._dropped = {node: leaf for node, leaf in built.items() if node in open_nodes}, ()
         for leaf in self._leaves.values():
             held.remove(leaf)
         for leaf in held:
-            self._decoder.release(leaf)
+            self._decoder.leaves.release(leaf)
         self._queue(child for child in self._parents if child not in self._steps)
 
     def _read_again(self, nodes: Sequence[int], above: Mapping[int, Leaf], held: list[Leaf]) -> dict[int, Leaf]:
@@ -254,7 +254,7 @@ class TreePolicy:
             below.setdefault((id(leaf), 0 if self._merges else node), (leaf, []))[1].append((node, ids))
         level = list(below.values())
         while level:
-            self._decoder.open([leaf for leaf, _ in level])
+            self._decoder.leaves.open([leaf for leaf, _ in level])
             groups = [
                 (leaf, list(group))
                 for leaf, steps in level
@@ -265,7 +265,7 @@ class TreePolicy:
                 common = alike[0][1][: count_alike(alike[0][1], alike[-1][1])]
                 ended = [node for node, ids in alike if len(ids) == len(common)]
                 carry = self._carries.get(ended[0], "") if ended else ""
-                one = self._decoder.follow(leaf, common, carry)
+                one = self._decoder.leaves.follow(leaf, common, carry)
                 held.append(one)
                 for node in ended:
                     found[node] = one
@@ -291,10 +291,10 @@ class TreePolicy:
     @property
     def usage(self) -> DecodeUsage:
         """What this search cost the policy so far."""
-        return self._decoder.usage(self._search)
+        return self._decoder.usages.of(self._search)
 
     def close(self) -> None:
         """Free everything this search holds; its `usage` must have been read."""
         self._decoder.cancel(self._search)
         self.retain(())
-        self._decoder.forget(self._search)
+        self._decoder.usages.forget(self._search)

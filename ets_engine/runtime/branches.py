@@ -1,4 +1,4 @@
-"""What goes into the decoder and comes out of it: leaves, branches to decode, decoded steps, and what they cost."""
+"""What goes into the decoder and comes out of it: leaves, branches to decode, and decoded steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ets_engine.types import StopReason
 
 @dataclass(slots=True, eq=False)
 class Leaf:
-    """The open end of a path; the decoder alone changes it, each holder gives it back with `StepDecoder.release`.
+    """The open end of a path; `Leaves` and the decoder alone change it, each holder gives it back (`Leaves.release`).
 
     Attributes:
         handle: Its KV node.
@@ -99,38 +99,3 @@ class FinishedBranch:
     num_sampled: int
     logprob: float
     certainty: float
-
-
-@dataclass(slots=True)
-class DecodeUsage:
-    """What one search cost so far; work shared with other searches is split by rows.
-
-    Attributes:
-        decode_steps: Forward passes that extended a branch of it by a token.
-        generated_tokens: Tokens sampled, end-of-text tokens included.
-        read_tokens: Tokens whose K/V was computed: one that several branches share counts once, one that was computed
-            anew counts again.
-        prompt_tokens: Tokens of its prompts.
-        cached_prompt_tokens: Those of them that earlier prompts had left in the KV tree.
-        shared_tokens: Those whose KV it shares with other prompts; they count as resident for each.
-        peak_tokens: Most KV tokens resident at any decode step or prefill.
-        resident_token_steps: Resident KV tokens summed over decode steps.
-        busy_s: Seconds in forward passes and sampling.
-        bytes_moved: Weights plus distinct KV read (bytes).
-    """
-
-    decode_steps: int = 0
-    generated_tokens: int = 0
-    read_tokens: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    shared_tokens: int = 0
-    peak_tokens: int = 0
-    resident_token_steps: int = 0
-    busy_s: float = 0.0
-    bytes_moved: int = 0
-
-    @property
-    def mean_tokens(self) -> float:
-        """Mean KV tokens resident over decode steps."""
-        return self.resident_token_steps / self.decode_steps if self.decode_steps else 0.0

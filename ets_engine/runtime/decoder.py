@@ -1,9 +1,5 @@
 """Decodes the live branches of any number of searches together, one token each per forward pass.
 
-A step's last token is *pending*: it is sampled, but its K/V is computed only when the step gets children. Then each
-distinct parent reads it once, keeps its last hidden state, and all its children fork from there; pruned leaves never
-pay for it.
-
 Children of one parent that draw the same tokens are one *row*: one hidden state, one copy of the K/V, and a draw for
 each. They part where their draws do, and what they drew in common stays shared. Equal steps end in one leaf, below
 which their children are together again. Where passes run ahead of the host, on a GPU, nobody knows in time who drew
@@ -12,7 +8,6 @@ what: each branch has a row of its own until its step ends.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from ets_engine.errors import ContextLengthError, PoolExhaustedError
-from ets_engine.runtime.branches import Branch, DecodeUsage, FinishedBranch, Leaf
+from ets_engine.runtime.branches import Branch, FinishedBranch, Leaf
+from ets_engine.runtime.leaves import Leaves
 from ets_engine.runtime.runner import Runner
 from ets_engine.runtime.sampler import SamplingParams, certainties, check_drawn, draw, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
 from ets_engine.runtime.transfer import Readback, upload
+from ets_engine.runtime.usage import Usages
 from ets_engine.types import StopReason
 
 
@@ -69,7 +66,7 @@ class StepDecoder:
 
     Example:
         decoder = StepDecoder(runner, tokenizer)
-        prompt = decoder.start(tokenizer.encode("1+1="), search="a")
+        prompt = decoder.leaves.start(tokenizer.encode("1+1="), search="a")
         decoder.submit([Branch(prompt, node, seed=0, sampling=SamplingParams(), stops=StopRules(), max_tokens=64)
                         for node in (1, 2)])
         steps = decoder.run()
@@ -78,118 +75,14 @@ class StepDecoder:
     def __init__(self, runner: Runner, tokenizer: Detokenizer) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
+        self.usages = Usages(runner)
+        self.leaves = Leaves(runner, self.usages)
         self._stops = StopFinder(tokenizer)
         self._readback = Readback(runner.device)
         self._waiting: list[Branch] = []
         self._rows: list[_Row] = []
         self._states = torch.empty((0, runner.hidden_size), dtype=runner.dtype, device=runner.device)  # [B, hidden]
         self._sums = torch.empty((0, runner.hidden_size), device=runner.device)  # of states read, per row
-        self._usage: dict[Hashable, DecodeUsage] = {}
-
-    # ------------------------------------------------------------------ leaves
-
-    def start(self, prompt_ids: Sequence[int], search: Hashable, below: Leaf | None = None) -> Leaf:
-        """A leaf that holds a prompt; it is read when it is opened or gets its first child.
-
-        Args:
-            prompt_ids: At least one token.
-            search: Names whose KV it is.
-            below: Shared beginning (system prompt, demonstrations) that `prompt_ids` follow; it is opened.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room for a token.
-        """
-        total = len(prompt_ids) + (below.path_tokens if below else 0)
-        if not prompt_ids or total >= self.runner.context_tokens:
-            raise ContextLengthError(
-                f"a prompt of {total} tokens does not fit a context of {self.runner.context_tokens} tokens with room "
-                "to answer; give 1 to context - 1 tokens"
-            )
-        tree = self.runner.tree
-        usage, ids, known = self.usage(search), tuple(prompt_ids), 0
-        usage.prompt_tokens += len(ids)
-        if below is None:
-            handle, known = self.runner.prefixes.begin(ids, owner=search)
-            usage.cached_prompt_tokens += known
-            usage.shared_tokens += known
-        else:
-            self.open([below])
-            handle = tree.fork(below.handle, owner=search)
-        return Leaf(
-            handle,
-            search,
-            pending=ids[known:],
-            recent=ids[-CONTEXT_TOKENS:],
-            path_tokens=total,
-            prompt_tokens=total,
-            prompt=() if below else ids,
-        )
-
-    def read_ahead(self, leaf: Leaf, max_tokens: int) -> None:
-        """Read the next part of a long prompt, at most `max_tokens`, and leave at least one token for `open`.
-
-        Raises:
-            PoolExhaustedError: the KV pool is full; nothing has changed.
-        """
-        num_tokens = min(max_tokens, len(leaf.pending) - 1)
-        if num_tokens > 0:
-            started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
-            self.runner.extend_last([(leaf.handle, leaf.pending[:num_tokens])])
-            leaf.pending = leaf.pending[num_tokens:]
-            self.usage(leaf.search).read_tokens += num_tokens
-            self._charge([leaf.search], time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
-
-    def follow(self, leaf: Leaf, token_ids: Sequence[int], carry: str = "") -> Leaf:
-        """A leaf of the same search that goes on from another, which is opened, by known tokens.
-
-        Args:
-            leaf: The other one.
-            token_ids: Of a step that was decoded below it.
-            carry: As in the leaf that was decoded then.
-
-        Raises:
-            PoolExhaustedError: the KV pool is full; nothing has changed.
-        """
-        self.open([leaf])
-        ids = tuple(token_ids)
-        return Leaf(
-            self.runner.tree.fork(leaf.handle),
-            leaf.search,
-            pending=ids,
-            recent=(*leaf.recent, *ids)[-CONTEXT_TOKENS:],
-            path_tokens=leaf.path_tokens + len(ids),
-            prompt_tokens=leaf.prompt_tokens,
-            carry=carry,
-        )
-
-    def open(self, leaves: Sequence[Leaf]) -> None:
-        """Read the pending tokens of some leaves in one batch, so that children can fork from them.
-
-        Raises:
-            PoolExhaustedError: the KV pool is full; nothing has changed.
-        """
-        unread = list({id(leaf): leaf for leaf in leaves if leaf.hidden is None}.values())
-        if not unread:
-            return
-        started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
-        hidden = self.runner.extend_last([(leaf.handle, leaf.pending) for leaf in unread])
-        for leaf, state in zip(unread, hidden, strict=True):
-            self.usage(leaf.search).read_tokens += len(leaf.pending)
-            leaf.hidden, leaf.pending = state, ()
-            if leaf.prompt:
-                usage, above = self.usage(leaf.search), self.runner.tree.prefix_tokens(leaf.handle)
-                usage.shared_tokens += self.runner.prefixes.remember(leaf.prompt, leaf.handle) - above
-                leaf.prompt = ()
-        searches = [leaf.search for leaf in unread]
-        self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
-        for search in set(searches):
-            self._sample_residency(search)
-
-    def release(self, leaf: Leaf) -> None:
-        """Give up a leaf, one of its holders; KV that nothing else needs is free at once."""
-        leaf.holders -= 1
-        if not leaf.holders:
-            self.runner.tree.release(leaf.handle)
 
     # ------------------------------------------------------------------ decoding
 
@@ -250,7 +143,7 @@ class StepDecoder:
         if not joining:
             return
         parents = list({id(branch.parent): branch.parent for branch in joining}.values())
-        self.open(parents)
+        self.leaves.open(parents)
         state_of = {id(parent): place for place, parent in enumerate(parents, start=len(self._states))}
         alike: dict[Hashable, list[_Live]] = {}
         for branch in joining:
@@ -266,8 +159,7 @@ class StepDecoder:
 
     def _decode(self) -> list[FinishedBranch]:
         """`step` for the live branches."""
-        started_s, moved = time.perf_counter(), self.runner.stats.bytes_moved
-        rows = self._rows
+        meter, rows = self.usages.read_meter(), self._rows
         drawn = self._draw()
         self._readback.mark()
         ahead = self._run_ahead(drawn[0])
@@ -308,9 +200,9 @@ class StepDecoder:
                 self.runner.tree.release(handle)
             raise
         searches = [one.branch.parent.search for one in live]
-        self._charge(searches, time.perf_counter() - started_s, self.runner.stats.bytes_moved - moved)
+        self.usages.charge(searches, meter)
         for search, sampled in Counter(searches).items():
-            self.usage(search).generated_tokens += sampled
+            self.usages.of(search).generated_tokens += sampled
         for place, one in enumerate(live):
             one.logprob += logprobs[place]
             one.certainty += certainty[place]
@@ -340,10 +232,10 @@ class StepDecoder:
         for handle in (before | set(handles)) - {row.handle for row in rows} - ends:
             self.runner.tree.release(handle)  # rows that parted live on above those who drew on; equal steps are one
         for search, read in Counter(row.first.parent.search for row in rows).items():
-            usage = self.usage(search)
+            usage = self.usages.of(search)
             usage.read_tokens += read
             usage.decode_steps += 1
-            usage.resident_token_steps += self._sample_residency(search)
+            usage.resident_token_steps += self.usages.sample_residency(search)
         self._keep(rows, [part.row for part, _ in going], states)
         self._sums += states
 
@@ -508,30 +400,6 @@ class StepDecoder:
         self._rows, self._states = rows, states
         for state, row in enumerate(rows):
             row.state = state
-
-    # ------------------------------------------------------------------ accounting
-
-    def usage(self, search: Hashable) -> DecodeUsage:
-        """What a search cost so far; the same object until `forget`."""
-        return self._usage.setdefault(search, DecodeUsage())
-
-    def forget(self, search: Hashable) -> None:
-        """Drop a search's usage once it has been read."""
-        self._usage.pop(search, None)
-
-    def _charge(self, searches: Sequence[Hashable], seconds: float, moved_bytes: int) -> None:
-        self.runner.stats.busy_s += seconds
-        for search, rows in Counter(searches).items():
-            usage = self.usage(search)
-            share = rows / len(searches)
-            usage.busy_s += seconds * share
-            usage.bytes_moved += round(moved_bytes * share)
-
-    def _sample_residency(self, search: Hashable) -> int:
-        usage = self.usage(search)
-        resident = self.runner.tree.resident_tokens_of(search) + usage.shared_tokens
-        usage.peak_tokens = max(usage.peak_tokens, resident)
-        return resident
 
 
 def _rules(branch: Branch) -> tuple[Hashable, ...]:

@@ -44,7 +44,7 @@ def test_greedy_width_one_equals_generate_token_for_token(model_name: str) -> No
     prompt = torch.tensor([PROMPT])
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=40)
     decoder = decoder_for(model_name)
-    leaf, ids = decoder.start(PROMPT, "search"), []
+    leaf, ids = decoder.leaves.start(PROMPT, "search"), []
     while len(ids) < 40:
         decoder.submit([branch(leaf, 1, GREEDY, max_step_tokens=5, max_tokens=40 - len(ids))])
         (step,) = decoder.run()
@@ -55,7 +55,7 @@ def test_greedy_width_one_equals_generate_token_for_token(model_name: str) -> No
 
 def test_log_probabilities_and_mean_states_are_those_of_the_unshared_sequence() -> None:
     decoder, model = decoder_for("qwen2"), tiny_model("qwen2")
-    prompt = decoder.start(PROMPT, "search")
+    prompt = decoder.leaves.start(PROMPT, "search")
     decoder.submit([branch(prompt, node) for node in range(1, 6)])
     for step in decoder.run():
         ids = [*PROMPT, *step.token_ids]
@@ -74,10 +74,10 @@ def test_tokens_do_not_depend_on_batch_neighbours() -> None:
     alone = []
     for node in (1, 2, 3):
         decoder = decoder_for("llama")
-        decoder.submit([branch(decoder.start(PROMPT, "a"), node, max_step_tokens=20)])
+        decoder.submit([branch(decoder.leaves.start(PROMPT, "a"), node, max_step_tokens=20)])
         alone.append(decoder.run()[0].token_ids)
     decoder = decoder_for("llama")
-    first, second = decoder.start(PROMPT, "a"), decoder.start([4, 4, 8, 20, 6, 17, 41, 11, 3], "b")
+    first, second = decoder.leaves.start(PROMPT, "a"), decoder.leaves.start([4, 4, 8, 20, 6, 17, 41, 11, 3], "b")
     decoder.submit([branch(second, node, seed=3) for node in range(1, 9)])
     decoder.step()
     decoder.submit([branch(first, node, max_step_tokens=20) for node in (3, 1, 2)])
@@ -89,13 +89,13 @@ def test_tokens_do_not_depend_on_batch_neighbours() -> None:
 def test_pruned_branches_are_free_before_the_next_forward() -> None:
     decoder = decoder_for("llama")
     tree = decoder.runner.tree
-    prompt = decoder.start(PROMPT, "search")
+    prompt = decoder.leaves.start(PROMPT, "search")
     decoder.submit([branch(prompt, node) for node in range(1, 9)])
     steps = decoder.run()
     before = tree.resident_pages
     for step in steps[2:]:
-        decoder.release(step.leaf)
-    decoder.release(prompt)
+        decoder.leaves.release(step.leaf)
+    decoder.leaves.release(prompt)
     tree.check_integrity()
     assert before - tree.resident_pages == 6 * 3  # 9 of 10 tokens were read: 3 pages of 4
     assert tree.resident_tokens == len(PROMPT) + 2 * 9
@@ -107,7 +107,7 @@ def test_pruned_branches_are_free_before_the_next_forward() -> None:
 def test_only_expanded_leaves_pay_for_their_last_token_and_only_once() -> None:
     decoder = decoder_for("llama")
     tree = decoder.runner.tree
-    prompt = decoder.start(PROMPT, "search")
+    prompt = decoder.leaves.start(PROMPT, "search")
     decoder.submit([branch(prompt, node) for node in (1, 2)])
     left, right = decoder.run()
     assert tree.num_tokens(left.leaf.handle) == 9 and left.leaf.pending == left.token_ids[-1:]
@@ -120,7 +120,7 @@ def test_only_expanded_leaves_pay_for_their_last_token_and_only_once() -> None:
 
 def test_stop_reasons() -> None:
     decoder = decoder_for("llama")
-    prompt = decoder.start(PROMPT, "search")
+    prompt = decoder.leaves.start(PROMPT, "search")
     decoder.submit([branch(prompt, 3, max_tokens=0)])  # before the prompt was ever read
     (nothing,) = decoder.run()
     assert (nothing.stop, nothing.token_ids, nothing.text) == (StopReason.LENGTH, (), "")
@@ -135,18 +135,18 @@ def test_stop_reasons() -> None:
     decoder.submit([Branch(prompt, 1, 7, SamplingParams(), StopRules((), frozenset([greedy])), 50)])
     (ended,) = decoder.run()
     assert (ended.stop, ended.token_ids, ended.leaf.pending) == (StopReason.FINISHED, (), ())
-    context = decoder.start([5] * 250, "search")
+    context = decoder.leaves.start([5] * 250, "search")
     decoder.submit([branch(context, 4, max_step_tokens=50)])
     (full,) = decoder.run()
     assert (full.stop, full.leaf.path_tokens) == (StopReason.LENGTH, 256)
     with pytest.raises(ContextLengthError, match="256"):
-        decoder.start([5] * 256, "search")
+        decoder.leaves.start([5] * 256, "search")
 
 
 def test_a_full_pool_loses_no_branch_and_no_page() -> None:
     decoder = decoder_for("llama", kv_pool_tokens=64)
     tree = decoder.runner.tree
-    first, second = decoder.start(PROMPT, "a"), decoder.start(PROMPT, "b")
+    first, second = decoder.leaves.start(PROMPT, "a"), decoder.leaves.start(PROMPT, "b")
     decoder.submit([branch(first, node, max_step_tokens=12) for node in range(1, 5)])
     decoder.submit([branch(second, node, max_step_tokens=12) for node in range(1, 5)])
     with pytest.raises(PoolExhaustedError, match="kv_pool_tokens"):
@@ -156,13 +156,13 @@ def test_a_full_pool_loses_no_branch_and_no_page() -> None:
     tree.check_integrity()
     steps = decoder.run()
     roomy = decoder_for("llama")
-    roomy.submit([branch(roomy.start(PROMPT, "a"), node, max_step_tokens=12) for node in range(1, 5)])
+    roomy.submit([branch(roomy.leaves.start(PROMPT, "a"), node, max_step_tokens=12) for node in range(1, 5)])
     assert [step.token_ids for step in steps] == [step.token_ids for step in roomy.run()]
 
 
 def test_a_full_pool_loses_no_step_that_has_no_room_either() -> None:
     decoder = decoder_for("llama", kv_pool_tokens=32)
-    prompt = decoder.start(PROMPT, "a")
+    prompt = decoder.leaves.start(PROMPT, "a")
     decoder.submit([branch(prompt, node) for node in range(1, 9)])
     decoder.submit([branch(prompt, 9, max_tokens=0)])
     for _ in range(2):
@@ -173,7 +173,7 @@ def test_a_full_pool_loses_no_step_that_has_no_room_either() -> None:
     assert decoder.num_branches == 9
     decoder.cancel("a")
     assert decoder.num_branches == 0
-    decoder.release(prompt)
+    decoder.leaves.release(prompt)
     assert len(decoder.runner.tree) == 0
 
 
@@ -182,7 +182,7 @@ def test_a_forward_pass_that_fails_changes_nothing(failing: int, monkeypatch: py
     """Whichever layer call fails (prompt chunks, decode steps), all is freed and trying again gives the same steps."""
 
     def steps(decoder: StepDecoder, retry: bool) -> list[tuple[int, ...]]:
-        leaf = decoder.start(PROMPT, "a")
+        leaf = decoder.leaves.start(PROMPT, "a")
         decoder.submit([branch(leaf, node, max_step_tokens=4) for node in (1, 2, 3)])
         finished = []
         while decoder.num_branches:
@@ -214,7 +214,7 @@ def test_a_forward_pass_that_fails_changes_nothing(failing: int, monkeypatch: py
 
 def test_a_very_wide_batch_and_a_prompt_of_one_token() -> None:
     decoder, model = decoder_for("qwen3"), tiny_model("qwen3")
-    prompt = decoder.start([5], "search")
+    prompt = decoder.leaves.start([5], "search")
     decoder.submit([branch(prompt, node, max_step_tokens=3) for node in range(1, 401)])
     finished = decoder.run()
     tree = decoder.runner.tree
@@ -225,23 +225,23 @@ def test_a_very_wide_batch_and_a_prompt_of_one_token() -> None:
         expected = sum(float(logprobs[i, token]) for i, token in enumerate(step.token_ids))
         assert step.logprob == pytest.approx(expected, abs=1e-3)
     for step in finished:
-        decoder.release(step.leaf)
-    decoder.release(prompt)
+        decoder.leaves.release(step.leaf)
+    decoder.leaves.release(prompt)
     tree.check_integrity()
     assert tree.resident_pages == 0
 
 
 def test_usage_counts_each_search() -> None:
     decoder = decoder_for("llama")
-    first, second = decoder.start(PROMPT, "a"), decoder.start(PROMPT, "b")
+    first, second = decoder.leaves.start(PROMPT, "a"), decoder.leaves.start(PROMPT, "b")
     decoder.submit([branch(first, 1, max_step_tokens=4), branch(first, 2, max_step_tokens=4)])
     decoder.submit([branch(second, 1, max_step_tokens=2)])
     decoder.run()
-    usage = decoder.usage("a")
+    usage = decoder.usages.of("a")
     assert (usage.decode_steps, usage.generated_tokens, usage.prompt_tokens) == (3, 8, 7)
     assert usage.peak_tokens == 7 + 2 * 3
     assert usage.mean_tokens == pytest.approx((9 + 11 + 13) / 3)
-    other = decoder.usage("b")
+    other = decoder.usages.of("b")
     assert (other.decode_steps, other.generated_tokens) == (1, 2)
     total = decoder.runner.stats.bytes_moved
     assert usage.bytes_moved + other.bytes_moved == pytest.approx(total, abs=10)
@@ -249,9 +249,9 @@ def test_usage_counts_each_search() -> None:
 
 def test_a_shared_beginning_is_read_and_stored_once() -> None:
     decoder, model = decoder_for("qwen3"), tiny_model("qwen3")
-    system = decoder.start(PROMPT, "system")
-    leaves = [decoder.start([20 + i, 30], f"search {i}", below=system) for i in range(3)]
-    decoder.open(leaves)
+    system = decoder.leaves.start(PROMPT, "system")
+    leaves = [decoder.leaves.start([20 + i, 30], f"search {i}", below=system) for i in range(3)]
+    decoder.leaves.open(leaves)
     assert decoder.runner.tree.resident_tokens == len(PROMPT) + 3 * 2
     assert decoder.runner.tree.resident_tokens_of("search 1") == 2
     for i, leaf in enumerate(leaves):

@@ -25,7 +25,7 @@ def search_steps(decoder: StepDecoder, width: int = 12, rounds: int = 3) -> Foun
     """What a small search finds: steps that end at a line end (id 10), at 9 tokens or at the limit."""
     rules = StopRules(strings=("\n",), max_step_tokens=9)
     tree = decoder.runner.tree
-    leaves, found = [decoder.start(PROMPT, "search")], []
+    leaves, found = [decoder.leaves.start(PROMPT, "search")], []
     for depth in range(rounds):
         nodes = range(100 * depth + 1, 100 * depth + 1 + width)
         sampling = SamplingParams(temperature=0.8)
@@ -36,13 +36,13 @@ def search_steps(decoder: StepDecoder, width: int = 12, rounds: int = 3) -> Foun
             assert tree.path_tokens(step.leaf.handle) == step.leaf.path_tokens - len(step.leaf.pending)
             found.append((step.token_ids, step.stop.name, round(step.logprob, 2)))
         for leaf in leaves:
-            decoder.release(leaf)
+            decoder.leaves.release(leaf)
         leaves = [step.leaf for step in steps[::3]]
         for step in steps:
             if step.leaf not in leaves:
-                decoder.release(step.leaf)
+                decoder.leaves.release(step.leaf)
     for leaf in leaves:
-        decoder.release(leaf)
+        decoder.leaves.release(leaf)
     assert tree.resident_tokens == 0
     return found
 
@@ -61,7 +61,7 @@ def test_where_not_all_fit_only_those_that_go_on_are_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(Runner, "runs_ahead", True)
     runner = Runner(tiny_model("llama"), EngineConfig(page_tokens=4, prefix_cache_tokens=0, kv_pool_tokens=20))
     decoder = StepDecoder(runner, Letters())
-    prompt = decoder.start(PROMPT, "search")
+    prompt = decoder.leaves.start(PROMPT, "search")
     rules = [StopRules(strings=(), max_step_tokens=count) for count in (5, 8)]
     decoder.submit([Branch(prompt, 1 + i, 7, SamplingParams(), one, 9) for i, one in enumerate(rules)])
     steps = decoder.run()
@@ -73,7 +73,7 @@ def test_logits_that_are_no_numbers_leave_the_branches_as_they_were(monkeypatch:
     monkeypatch.setattr(Runner, "runs_ahead", True)
     runner = Runner(tiny_model("llama"), EngineConfig(page_tokens=4, prefix_cache_tokens=0))
     decoder = StepDecoder(runner, Letters())
-    prompt = decoder.start(PROMPT, "search")
+    prompt = decoder.leaves.start(PROMPT, "search")
     rules = StopRules(strings=(), max_step_tokens=5)
     decoder.submit([Branch(prompt, node, 7, SamplingParams(), rules, 9) for node in (1, 2)])
     decoder.step()

@@ -77,7 +77,7 @@ class Pair:
     def __init__(self, **settings: Any) -> None:
         self.decoders = decoder_for(**settings), decoder_for(**settings)
         self.trees = [decoder.runner.tree for decoder in self.decoders]
-        self.leaves = {0: [decoder.start(PROMPT_IDS, "a") for decoder in self.decoders]}
+        self.leaves = {0: [decoder.leaves.start(PROMPT_IDS, "a") for decoder in self.decoders]}
         self.parent: dict[int, int] = {}
         self.labels: dict[int, list[object]] = {}  # of each node for each decoder: it shares with nodes of equal labels
         self.steps: dict[int, FinishedBranch] = {}
@@ -116,7 +116,7 @@ class Pair:
 
     def release(self, node: int) -> None:
         for decoder, leaf in zip(self.decoders, self.leaves.pop(node), strict=True):
-            decoder.release(leaf)
+            decoder.leaves.release(leaf)
 
     def path(self, node: int, place: int, length: int | None = None) -> Path:
         if not node:
@@ -135,10 +135,10 @@ class Pair:
                 held = {prefix for end in [self.path(0, place), *ends] for prefix in prefixes(end)}
                 assert resident == len(held)
                 read |= held
-            usage = decoder.usage("a")
+            usage = decoder.usages.of("a")
             assert usage.read_tokens == len(read)
             assert usage.generated_tokens == sum(step.num_sampled for step in self.steps.values())
-        usages = [decoder.usage("a") for decoder in self.decoders]
+        usages = [decoder.usages.of("a") for decoder in self.decoders]
         assert usages[0].decode_steps == usages[1].decode_steps
         assert usages[0].mean_tokens <= usages[1].mean_tokens and usages[0].peak_tokens <= usages[1].peak_tokens
 
@@ -182,7 +182,7 @@ def test_ahead_of_the_host_equal_steps_end_in_one_leaf(seed: int, monkeypatch: p
         if step.num_sampled:
             ends.setdefault((pair.path(node, 0), step.num_sampled), set()).add(id(pair.leaves[node][0]))
     assert all(len(leaves) == 1 for leaves in ends.values())
-    merged, plain = (decoder.usage("a") for decoder in pair.decoders)
+    merged, plain = (decoder.usages.of("a") for decoder in pair.decoders)
     assert merged.mean_tokens < plain.mean_tokens and merged.generated_tokens == plain.generated_tokens
     assert all(merged <= plain for merged, plain in pair.pages)
     pair.finish()
@@ -194,7 +194,7 @@ def test_merging_finds_the_same_and_holds_each_prefix_once(seed: int) -> None:
     grow(pair, Random(seed))
     pair.check()
     assert {step.stop for step in pair.steps.values()} == {StopReason.BOUNDARY, StopReason.FINISHED, StopReason.LENGTH}
-    merged, plain = (decoder.usage("a") for decoder in pair.decoders)
+    merged, plain = (decoder.usages.of("a") for decoder in pair.decoders)
     assert merged.read_tokens < 0.95 * plain.read_tokens and merged.mean_tokens < 0.95 * plain.mean_tokens
     assert np.mean(pair.pages, axis=0)[0] < np.mean(pair.pages, axis=0)[1]
     pair.finish()
@@ -220,7 +220,7 @@ def test_while_nothing_is_given_back_merging_takes_no_more_pages(seed: int) -> N
 def test_greedy_branches_are_one_whatever_their_nodes() -> None:
     """Two rounds of 20 branches: one row, one node of KV and one leaf each; the last of its holders frees it."""
     decoder = decoder_for()
-    tree, prompt = decoder.runner.tree, decoder.start(PROMPT_IDS, "a")
+    tree, prompt = decoder.runner.tree, decoder.leaves.start(PROMPT_IDS, "a")
     decoder.submit([Branch(prompt, node, 5, GREEDY, RULES[0], 40) for node in range(1, 21)])
     first = decoder.run()
     assert len({step.leaf for step in first}) == len({step.token_ids for step in first}) == 1
@@ -229,19 +229,19 @@ def test_greedy_branches_are_one_whatever_their_nodes() -> None:
     second = decoder.run()
     assert len({step.leaf for step in second}) == 1 and [step.branch.node for step in second] == [*range(101, 121)]
     assert tree.resident_tokens == len(PROMPT_IDS) + 4 + 3
-    usage = decoder.usage("a")
+    usage = decoder.usages.of("a")
     assert (usage.read_tokens, usage.generated_tokens) == (len(PROMPT_IDS) + 4 + 3, 2 * 20 * 4)
     for step in (*first, *second[1:]):
-        decoder.release(step.leaf)
+        decoder.leaves.release(step.leaf)
     assert tree.resident_tokens == len(PROMPT_IDS) + 4 + 3, "one holder is left"
-    decoder.release(second[0].leaf)
+    decoder.leaves.release(second[0].leaf)
     assert (tree.resident_tokens, len(tree)) == (len(PROMPT_IDS), 1)
     tree.check_integrity()
 
 
 def test_what_differs_in_its_limits_or_in_what_it_asks_for_is_not_one_row() -> None:
     decoder = decoder_for()
-    prompt = decoder.start(PROMPT_IDS, "a")
+    prompt = decoder.leaves.start(PROMPT_IDS, "a")
     four, seven = (StopRules(strings=(), max_step_tokens=tokens) for tokens in (4, 7))
     asked = [(four, 2, False), (four, 40, False), (four, 40, True), (seven, 40, True), (four, 3, True)]
     decoder.submit([Branch(prompt, i, 5, GREEDY, *one) for i, one in enumerate(asked * 2)])
@@ -262,7 +262,7 @@ NINE = StopRules(strings=("AB",), eos_ids=frozenset([2]), max_step_tokens=9)
 
 
 def begin(decoder: StepDecoder) -> None:
-    prompt = decoder.start(PROMPT_IDS, "a")
+    prompt = decoder.leaves.start(PROMPT_IDS, "a")
     decoder.submit([Branch(prompt, node, 5, MILD, NINE, 40) for node in NODES])
 
 
@@ -285,7 +285,7 @@ def parts_at(drawn: int, steps: dict[int, FinishedBranch]) -> bool:
 
 def books(decoder: StepDecoder) -> tuple[object, ...]:
     """What a decode step may change."""
-    tree, usage = decoder.runner.tree, decoder.usage("a")
+    tree, usage = decoder.runner.tree, decoder.usages.of("a")
     tree.check_integrity()
     counted = usage.read_tokens, usage.generated_tokens, usage.decode_steps, usage.resident_token_steps
     held = tree.resident_tokens, tree.resident_tokens_of("a"), tree.resident_pages, tree.pool.num_free_pages
@@ -321,10 +321,10 @@ def test_a_pool_that_is_full_as_rows_part_changes_nothing(
     parted = 0
     for free_pages in range(2, 22, 2):
         decoder = decoder_for(kv_pool_tokens=200)
-        other = decoder.start([3] * (200 - 4 * free_pages), "b")
-        decoder.open([other])
+        other = decoder.leaves.start([3] * (200 - 4 * free_pages), "b")
+        decoder.leaves.open([other])
         begin(decoder)
-        failed = decode_through(decoder, PoolExhaustedError, partial(decoder.release, other), expected)
+        failed = decode_through(decoder, PoolExhaustedError, partial(decoder.leaves.release, other), expected)
         assert len(failed) <= 1
         parted += any(parts_at(drawn, expected) for drawn in failed)
     assert parted > 3
@@ -359,23 +359,23 @@ def test_a_search_can_be_cancelled_among_others(expected: dict[int, FinishedBran
     """Whatever parted before, the other search finds what it finds alone, and nothing of the cancelled one is left."""
     decoder = decoder_for()
     tree = decoder.runner.tree
-    other = decoder.start([4, 7, 3], "b")
+    other = decoder.leaves.start([4, 7, 3], "b")
     decoder.submit([Branch(other, node, 9, MILD, NINE, 40) for node in range(1, 7)])
     begin(decoder)
     decoder.submit([Branch(other, node, 9, MILD, NINE, 40) for node in range(7, 13)])
     found = [step for _ in range(num_steps) for step in decoder.step()]
     ended = [step for step in found if step.leaf.search == "b"]
-    drawn = decoder.usage("b").generated_tokens - sum(step.num_sampled for step in ended)
+    drawn = decoder.usages.of("b").generated_tokens - sum(step.num_sampled for step in ended)
     assert decoder.cancel("b") == drawn == num_steps * (12 - len(ended))
     for step in ended:
-        decoder.release(step.leaf)
+        decoder.leaves.release(step.leaf)
     tree.check_integrity()
     assert tree.resident_tokens_of("b") == 3, "its prompt"
     found = [step for step in found if step.leaf.search == "a"] + decoder.run()
     assert len(found) == len(expected)
     for step in found:
         check_equal(step, expected[step.branch.node])
-        decoder.release(step.leaf)
+        decoder.leaves.release(step.leaf)
     tree.check_integrity()
     assert tree.resident_tokens == len(PROMPT_IDS) + 3
 
