@@ -85,7 +85,9 @@ def join_linears(model: torch.nn.Module) -> int:
 
 
 def _is_plain(layer: object) -> TypeGuard[torch.nn.Linear]:
-    return type(layer) is torch.nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    if type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter:  # a quantised weight's own
+        return False
+    return not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def _kind(layer: torch.nn.Linear) -> tuple[object, ...]:

@@ -66,7 +66,10 @@ def speed_up_linears(model: torch.nn.Module) -> int:
     linears = [
         module
         for module in model.modules()
-        if type(module) is torch.nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype in fast
+        if type(module) is torch.nn.Linear
+        and type(module.weight) is torch.nn.Parameter  # not a class of its own, as quantised weights are
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in fast
     ]
     copied = sum(module.weight.nbytes for module in linears) <= _PACKED_BYTES
     for module in linears:

@@ -20,6 +20,10 @@ SIZES = {
 }
 
 
+class Quantised(torch.Tensor):
+    """Weights in a form of their own."""
+
+
 def attention(bias: bool = False, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
     torch.manual_seed(0)
     module = torch.nn.Module()
@@ -78,9 +82,11 @@ def test_layers_that_differ_or_are_watched_stay():
     hooked.v_proj.register_forward_hook(lambda *_: None)
     mixed = attention()
     mixed.q_proj.bias = torch.nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    quantised = attention()
+    quantised.q_proj.weight = torch.nn.Parameter(quantised.q_proj.weight.detach().as_subclass(Quantised))
     unknown = attention()
     unknown.k_proj = torch.nn.Identity()
-    for module in (half, hooked, mixed, unknown):
+    for module in (half, hooked, mixed, quantised, unknown):
         assert join_linears(module) == 0 and not isinstance(module.q_proj, LinearPart)
 
 

@@ -56,6 +56,13 @@ def test_what_cannot_be_faster_stays_as_it_is() -> None:
     class Own(torch.nn.Linear):
         """Computes something else."""
 
-    model = torch.nn.Sequential(Own(4, 4), torch.nn.Linear(4, 4, dtype=torch.float64), torch.nn.Conv1d(4, 4, 1))
+    class Quantised(torch.Tensor):
+        """Weights in a form of their own."""
+
+    quantised = torch.nn.Linear(4, 4)
+    quantised.weight = torch.nn.Parameter(quantised.weight.detach().as_subclass(Quantised))
+    model = torch.nn.Sequential(
+        Own(4, 4), torch.nn.Linear(4, 4, dtype=torch.float64), torch.nn.Conv1d(4, 4, 1), quantised
+    )
     assert speed_up_linears(model) == 0
     assert not any(isinstance(module, (OneDnnLinear, WideningLinear)) for module in model)
