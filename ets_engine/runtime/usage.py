@@ -64,6 +64,10 @@ class Usages:
         self._runner = runner
         self._accounts: dict[Hashable, DecodeUsage] = {}
 
+    def __len__(self) -> int:
+        """Accounts that are open (count)."""
+        return len(self._accounts)
+
     def of(self, search: Hashable) -> DecodeUsage:
         """What a search cost so far; the same object until `forget`."""
         return self._accounts.setdefault(search, DecodeUsage())

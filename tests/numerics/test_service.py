@@ -70,7 +70,7 @@ def check_nothing_is_left(engine: ETSEngine) -> None:
         while runner.prefixes.forget_one():
             pass
         assert (runner.tree.resident_tokens, runner.tree.resident_pages, len(runner.tree)) == (0, 0, 0)
-    assert (models(engine).decoder.num_branches, models(engine).decoder._usage) == (0, {})
+    assert (models(engine).decoder.num_branches, len(models(engine).decoder.usages)) == (0, 0)
 
 
 def half(problem: str, steps: Sequence[str]) -> float:

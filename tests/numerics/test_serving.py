@@ -72,7 +72,7 @@ def settle(engine: ETSEngine) -> None:
         while runner.prefixes.forget_one():
             pass
         assert (runner.tree.resident_tokens, len(runner.tree)) == (0, 0)
-    assert (own._models.decoder.num_branches, own._models.decoder._usage) == (0, {})
+    assert (own._models.decoder.num_branches, len(own._models.decoder.usages)) == (0, 0)
 
 
 class Essence:
