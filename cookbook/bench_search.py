@@ -38,12 +38,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from replay import Replay, Round, decode_steps, grow, read_traces, read_trees
+from replay import Replay, decode_steps, grow, read_traces, read_trees
 from replay_floors import (
     H200,
     REAL,
@@ -59,9 +58,11 @@ from replay_floors import (
     step_flops,
 )
 from replay_players import (
+    WARM_UP,
     Ids,
     Played,
     Player,
+    attempt,
     build_models,
     continuous_player,
     generate_player,
@@ -70,18 +71,16 @@ from replay_players import (
     vllm_player,
     widest,
 )
-from replay_searches import Together, our_player, peak_pages, play_together
+from replay_pools import play_pools
+from replay_searches import our_player, peak_pages
 from transformers import PreTrainedModel
 
 from ets_engine.config import EngineConfig
 from ets_engine.evaluation.machine import copy_gb_s, matmul_flops_per_s, provenance
-from ets_engine.kv import KVPool
 from ets_engine.runtime import Runner
 
 RESULTS = Path(__file__).parent / "results" / "bench_search.jsonl"
 SIDES = ("ours", "generate", "continuous", "vllm")
-WARM_UP = Replay("warm-up", 8, (Round((0, 0), (3, 2)), Round((1, 1), (2, 2))))
-T = TypeVar("T")
 
 
 # ------------------------------------------------------------------ one by one
@@ -193,25 +192,15 @@ def make_players(
 ) -> dict[str, Player]:
     """The sides asked for that run here; why the others do not is printed. `ours` needs a runner."""
     makers: dict[str, Callable[[], Player]] = {
-        "ours": lambda: our_player(_there(runner), options.seed),
         "generate": lambda: generate_player(plain),
         "continuous": lambda: continuous_player(share_weights(plain)),  # it changes the model's attention
         "vllm": lambda: vllm_player(plain, plain.dtype, context_tokens),
     }
+    if runner is not None:
+        makers["ours"] = lambda: our_player(runner, options.seed)
     ids = token_ids(WARM_UP, plain.config.vocab_size, options.seed)
     players = {name: player for name in options.sides if (player := attempt(name, makers[name])) is not None}
     return {name: play for name, play in players.items() if attempt(name, partial(play, WARM_UP, ids)) is not None}
-
-
-def attempt(name: str, work: Callable[[], T]) -> T | None:
-    """What the work returns; None, and a line that says why, where a peer fails. A failure of ours is raised."""
-    try:
-        return work()
-    except Exception as error:
-        if name == "ours":
-            raise
-        print(f"{name}: skipped, {(str(error) or type(error).__name__).splitlines()[0]:.200}")
-        return None
 
 
 def play_alone(
@@ -287,124 +276,6 @@ def print_side(replay: Replay, name: str, side: dict[str, Any]) -> None:
     )
 
 
-# ------------------------------------------------------------------ several at once
-
-
-def play_pools(options: argparse.Namespace, runner: Runner, shape: Shape) -> dict[str, Any]:
-    """Trees of every width and strategy in every KV pool; the runner's own pool is gone."""
-    widths, seeds = options.widths or shape.widths, range(options.seed, options.seed + options.together)
-    trees = {
-        width: {
-            strategy: [grow(strategy, width, shape.work, seed).cut(options.rounds) for seed in seeds]
-            for strategy in STRATEGIES
-        }
-        for width in widths
-    }
-    print(f"{'pool':>10}{'width':>7}  {'trees':8}{'fit':>6}{'at once':>9}{'rows':>8}{'s':>9}", end="")
-    print(f"{'tokens/s':>10}{'searches/s':>12}")
-    rows: list[dict[str, Any]] = []
-    for pool_tokens in options.pools:
-        if attempt(f"pool of {pool_tokens} tokens", partial(use_pool, runner, pool_tokens)) is None:
-            continue
-        for width in widths:
-            for strategy, found in play_pool(runner, trees[width], options.seed, options.repeats).items():
-                rows.append({"pool_tokens": pool_tokens, "width": width, "strategy": strategy, **found})
-                print_pool(rows[-1])
-    ratios = compare_pools(rows)
-    print(f"{'pool':>10}{'width':>7}  searches/s of ETS / REBASE")
-    for one in ratios:
-        print(f"{one['pool_tokens']:10}{one['width']:7}  {one['searches_per_s_ratio']:.3f}")
-    return {"pools": rows, "pools_ets_over_rebase": ratios}
-
-
-def play_pool(runner: Runner, trees: dict[str, list[Replay]], seed: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Figures of every strategy's trees in the runner's pool, as many at once as fit; strategies are interleaved."""
-    pool, vocabulary = runner.tree.pool, runner.model.config.vocab_size
-    work = {
-        strategy: [
-            (replay, token_ids(replay, vocabulary, seed + number))
-            for number, replay in enumerate(replays)
-            if peak_pages(replay, pool.page_tokens) <= pool.num_pages
-        ]
-        for strategy, replays in trees.items()
-    }
-    playing = [strategy for strategy in trees if work[strategy]]
-    warm_up = [(WARM_UP, token_ids(WARM_UP, vocabulary, seed))]
-    first: dict[str, Together] = {}
-    for strategy in playing:
-        prepared = together_at_first(work[strategy], pool) if runner.uses_graphs else warm_up
-        first[strategy] = play_together(runner, prepared, seed)
-    runs: dict[str, list[Together]] = {strategy: [] for strategy in playing}
-    for _ in range(repeats):
-        for strategy in playing:
-            runs[strategy].append(play_together(runner, work[strategy], seed))
-    found: dict[str, dict[str, Any]] = {}
-    for strategy, replays in trees.items():
-        fitting = [replay for replay, _ in work[strategy]]
-        found[strategy] = {"searches": len(fitting), "do_not_fit": len(replays) - len(fitting)}
-        if fitting:
-            found[strategy]["capturing_s"] = round(first[strategy].seconds, 3) if runner.uses_graphs else None
-            found[strategy] |= describe_together(fitting, runs[strategy], pool.page_tokens)
-    return found
-
-
-def together_at_first(work: Sequence[tuple[Replay, Ids]], pool: KVPool) -> Sequence[tuple[Replay, Ids]]:
-    """Those that fill a pool before any has ended; most graphs that the others need are captured with them."""
-    ends = accumulate(peak_pages(replay, pool.page_tokens) for replay, _ in work)
-    return work[: sum(end <= pool.num_pages for end in ends)]
-
-
-def use_pool(runner: Runner, tokens: int) -> KVPool:
-    """Give a runner an empty KV pool of so many tokens, all taken now; there need not be memory for the old one too."""
-    runner.reserve(runner.config.page_tokens)
-    runner.reserve(tokens)
-    pool = runner.tree.pool
-    assert pool.max_pages is not None
-    pool.free(pool.allocate(pool.max_pages))
-    return pool
-
-
-def describe_together(replays: Sequence[Replay], played: Sequence[Together], page_tokens: int) -> dict[str, Any]:
-    """Figures of some searches at once, from all of their runs."""
-    median_s = statistics.median(one.seconds for one in played)
-    last = played[-1]
-    return {
-        "at_once": last.at_once,
-        "seconds": [round(one.seconds, 4) for one in played],
-        "cpu_seconds": [round(one.cpu_seconds, 4) for one in played],
-        "searches_per_s": round(len(replays) / median_s, 4),
-        "tokens_per_s": round(sum(replay.generated_tokens for replay in replays) / median_s, 1),
-        "passes": last.passes,
-        "mean_rows": round(last.rows / last.passes, 2),
-        "peak_page_slots": last.peak_pages * page_tokens,
-    }
-
-
-def compare_pools(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """ETS's searches per second over REBASE's, by pool and width, where all trees of both fit."""
-    found = {(row["pool_tokens"], row["width"], row["strategy"]): row for row in rows if not row["do_not_fit"]}
-    return [
-        {
-            "pool_tokens": pool_tokens,
-            "width": width,
-            "searches_per_s_ratio": round(row["searches_per_s"] / other["searches_per_s"], 3),
-        }
-        for (pool_tokens, width, strategy), row in found.items()
-        if strategy == "ets" and (other := found.get((pool_tokens, width, "rebase"))) is not None
-    ]
-
-
-def print_pool(row: dict[str, Any]) -> None:
-    """One line of the table."""
-    fit = f"{row['searches']}/{row['searches'] + row['do_not_fit']}"
-    print(f"{row['pool_tokens']:10}{row['width']:7}  {row['strategy']:8}{fit:>6}", end="")
-    if row["searches"]:
-        print(f"{row['at_once']:9}{row['mean_rows']:8.1f}{statistics.median(row['seconds']):9.2f}", end="")
-        print(f"{row['tokens_per_s']:10.1f}{row['searches_per_s']:12.3f}", flush=True)
-    else:
-        print("  does not fit", flush=True)
-
-
 # ------------------------------------------------------------------ the run
 
 
@@ -432,8 +303,8 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
     if options.sides:
         row |= play_alone(options, asked, runner, plain, shape, speed)
     del plain  # where the runner has joined layers, theirs are separate weights, and pools are large
-    if options.pools:
-        row |= play_pools(options, _there(runner), shape)
+    if options.pools and runner is not None:
+        row |= play_pools(options, runner, shape)
     return row
 
 
@@ -441,11 +312,6 @@ def pool_for(asked: Sequence[tuple[Replay, list[str]]]) -> int:
     """KV tokens that every tree fits in, one at a time; the rest of the memory is the peers'."""
     page_tokens = EngineConfig().page_tokens
     return page_tokens * max(peak_pages(replay, page_tokens) for replay in (WARM_UP, *(replay for replay, _ in asked)))
-
-
-def _there(runner: Runner | None) -> Runner:
-    assert runner is not None
-    return runner
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:

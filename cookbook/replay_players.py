@@ -14,14 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from replay import Replay
+from replay import Replay, Round
 from replay_floors import Shape, model_config
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+WARM_UP = Replay("warm-up", 8, (Round((0, 0), (3, 2)), Round((1, 1), (2, 2))))
+T = TypeVar("T")
 Ids = list[list[int]]  # of each node
 
 
@@ -190,6 +192,17 @@ def vllm_player(model: PreTrainedModel, dtype: torch.dtype, context_tokens: int)
         return Played(time.perf_counter() - began_s, time.process_time() - cpu_s)
 
     return play
+
+
+def attempt(name: str, work: Callable[[], T]) -> T | None:
+    """What the work returns; None, and a line that says why, where a peer fails. A failure of ours is raised."""
+    try:
+        return work()
+    except Exception as error:
+        if name == "ours":
+            raise
+        print(f"{name}: skipped, {(str(error) or type(error).__name__).splitlines()[0]:.200}")
+        return None
 
 
 def widest(replay: Replay) -> int:

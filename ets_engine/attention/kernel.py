@@ -10,8 +10,9 @@ where two more stages put one more block in flight. Lower tiles load the slots o
 registers: every stage is a block of K/V, so more tiles share a multiprocessor. Most of them are one block long, and
 what they wait for is each other's latency. Timed on an H100 both ways; tall tiles are 7 % slower with the second.
 
-Block sizes and pipeline depths of bf16 at head dim 128 are the fastest of some 40 on an H100; others follow from
-registers and shared memory in the same way and compile for NVIDIA GPUs of compute capability 8.0 to 9.0.
+Block sizes and pipeline depths of bf16 at head dim 128 were chosen from some 60 that were timed on an H100
+(`cookbook/roofline.md`); others follow from registers and shared memory in the same way, and have not been timed. They
+compile for NVIDIA GPUs of compute capability 8.0 to 9.0.
 """
 
 from __future__ import annotations

@@ -53,6 +53,11 @@ def searches(bench: ModuleType) -> ModuleType:
 
 
 @pytest.fixture
+def pools(bench: ModuleType) -> ModuleType:
+    return sys.modules["replay_pools"]
+
+
+@pytest.fixture
 def runner(floors: ModuleType, players: ModuleType) -> Runner:
     model, _ = players.build_models(floors.SHAPES["toy"], torch.float32, "cpu", seed=0)
     return Runner(model, EngineConfig(kv_pool_tokens=4096, page_tokens=4))
@@ -230,26 +235,26 @@ def test_searches_at_once_draw_what_they_draw_alone(
     assert drawn == [one + other for one, other in zip_longest(first, second, fillvalue=[])]
 
 
-def test_a_pool_is_taken_before_the_clock_runs(bench: ModuleType, runner: Runner) -> None:
-    assert bench.use_pool(runner, 8192) is runner.tree.pool
+def test_a_pool_is_taken_before_the_clock_runs(pools: ModuleType, runner: Runner) -> None:
+    assert pools.use_pool(runner, 8192) is runner.tree.pool
     assert runner.tree.pool.num_pages == runner.tree.pool.num_free_pages == 8192 // runner.config.page_tokens
 
 
 def test_graphs_are_captured_with_those_that_fill_the_pool_at_first(
-    bench: ModuleType, runner: Runner, replay: ModuleType
+    pools: ModuleType, runner: Runner, replay: ModuleType
 ) -> None:
-    pool = bench.use_pool(runner, 96)
+    pool = pools.use_pool(runner, 96)
     tokens = (pool.num_pages // 2 - 1) * pool.page_tokens  # and a page for the step
     work = [(replay.Replay(str(number), tokens, (replay.Round((0,), (2,)),)), []) for number in range(3)]
-    assert [one.name for one, _ in bench.together_at_first(work, pool)] == ["0", "1"]
+    assert [one.name for one, _ in pools.together_at_first(work, pool)] == ["0", "1"]
 
 
 def test_a_tree_that_does_not_fit_a_pool_is_reported_and_not_run(
-    bench: ModuleType, runner: Runner, searches: ModuleType, replay: ModuleType
+    pools: ModuleType, runner: Runner, searches: ModuleType, replay: ModuleType
 ) -> None:
     small, large = (replay.Replay(name, tokens, (replay.Round((0,), (2,)),)) for name, tokens in (("s", 60), ("l", 90)))
-    bench.use_pool(runner, 90)
-    found = bench.play_pool(runner, {"rebase": [small, large], "ets": [small, small], "dora": [large]}, 0, repeats=1)
+    pools.use_pool(runner, 90)
+    found = pools.play_pool(runner, {"rebase": [small, large], "ets": [small, small], "dora": [large]}, 0, repeats=1)
     assert {name: (row["searches"], row["do_not_fit"]) for name, row in found.items()} == {
         "rebase": (1, 1),
         "ets": (2, 0),
@@ -257,7 +262,7 @@ def test_a_tree_that_does_not_fit_a_pool_is_reported_and_not_run(
     }
     assert "seconds" not in found["dora"]
     rows = [{"pool_tokens": 90, "width": 1, "strategy": name, **row} for name, row in found.items()]
-    assert bench.compare_pools(rows) == []  # of rebase, not all trees ran
+    assert pools.compare_pools(rows) == []  # of rebase, not all trees ran
     with pytest.raises(PoolExhaustedError):
         searches.play_together(runner, [(large, [[1] * 90, [1, 2]])])
 
