@@ -9,6 +9,8 @@ A block of K/V is known only by its slots, which are loaded first. Tall tiles le
 where two more stages put one more block in flight. Lower tiles load the slots of the next block themselves, into
 registers: every stage is a block of K/V, so more tiles share a multiprocessor. Most of them are one block long, and
 what they wait for is each other's latency. Timed on an H100 both ways; tall tiles are 7 % slower with the second.
+Tall and low tiles are two launches, one after the other. Where tall ones would save little reading there is only the
+second: on search trees that is 15 % faster, below a long prompt up to 3 x slower.
 
 Block sizes and pipeline depths of bf16 at head dim 128 were chosen from some 60 that were timed on an H100
 (`cookbook/roofline.md`); others follow from registers and shared memory in the same way, and have not been timed. They
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)  # the softmax is in powers of two
-MERGED_AT_ONCE = 8  # partial results
+MERGED_AT_ONCE = 4  # partial results
+TALL_SAVED_BYTES = 72 << 20  # of K/V that tall tiles must save low ones from reading again, from the L2 cache mostly
 SHARED_BYTES_OF_H100 = 227 << 10  # that a block may use
 MOST_IN_FLIGHT = 3  # blocks of K/V that a program waits for, at most
 SPARE_BYTES = 1 << 10  # of shared memory that the driver keeps of each block, and again for slots and reductions
@@ -96,7 +99,8 @@ def plan_pass(pieces: Pieces, cache: torch.Tensor, *, group: int, room: int = 0)
     tallest, processors, shared = heights(dim, cache.dtype), _processors(cache.device), _shared_bytes(cache.device)
     hows = [launch(height, _block_d(dim), cache.dtype.itemsize, shared) for height in tallest]
     tiles_wanted = [max(1, processors * how.at_once // kv_heads) for how in hows]
-    return plan_pieces(pieces, group=group, tiles_wanted=tiles_wanted, heights=tallest, room=room)
+    min_saved = TALL_SAVED_BYTES // (2 * kv_heads * dim * cache.dtype.itemsize)
+    return plan_pieces(pieces, group, tiles_wanted=tiles_wanted, heights=tallest, min_saved=min_saved, room=room)
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -121,6 +125,7 @@ def store(cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: 
             DIM=dim,
             BLOCK_K=triton.next_power_of_2(kv_heads),
             BLOCK_D=triton.next_power_of_2(dim),
+            **_early(cache.device),
         )
 
 
@@ -157,7 +162,7 @@ def run_work(
         for part in work.parts:
             how = launch(part.height, block_d, query.dtype.itemsize, _shared_bytes(query.device))
             options: dict[str, Any] = {"BLOCK_M": part.height, "BLOCK_N": how.block_n, "AHEAD": how.ahead}
-            options |= {"num_warps": how.num_warps, "num_stages": how.num_stages}
+            options |= {"num_warps": how.num_warps, "num_stages": how.num_stages, **_early(query.device)}
             lists = work.tiles(part), work.entries, work.slots
             grid = (len(lists[0]) * cache.shape[2],)
             strides = query.stride()[:2]
@@ -165,9 +170,10 @@ def run_work(
                 query, cache, output, partial, lse, *lists, sinks, scale, softcap, *strides, **sizes, **options
             )
         if work.merge_count:
-            options = {"HEADS": heads, "DIM": dim, "BLOCK_D": block_d, "BLOCK_P": MERGED_AT_ONCE}
-            options |= {"num_warps": block_d // 128 or 1}
-            _merge[(work.merge_count * heads,)](output, partial, lse, work.merges, sinks, **options)
+            block_h = 1 if heads % 2 else 2
+            options = {"HEADS": heads, "DIM": dim, "BLOCK_D": block_d, "BLOCK_H": block_h, "BLOCK_P": MERGED_AT_ONCE}
+            options |= {"num_warps": block_d // 128 or 1, **_early(query.device)}
+            _merge[(work.merge_count * heads // block_h,)](output, partial, lse, work.merges, sinks, **options)
     return output
 
 
@@ -187,7 +193,7 @@ def launch(height: int, block_d: int, itemsize: int, shared_bytes: int) -> Launc
         >>> launch(128, 128, 2, SHARED_BYTES_OF_H100)
         Launch(block_n=128, num_warps=8, num_stages=5, at_once=1, ahead=False)
         >>> launch(16, 128, 2, SHARED_BYTES_OF_H100)
-        Launch(block_n=32, num_warps=4, num_stages=3, at_once=5, ahead=True)
+        Launch(block_n=32, num_warps=2, num_stages=3, at_once=5, ahead=True)
     """
     row_bytes = itemsize * block_d  # of one key
     ahead, low = height < 128, height == 16 and row_bytes <= 256
@@ -195,6 +201,7 @@ def launch(height: int, block_d: int, itemsize: int, shared_bytes: int) -> Launc
     if height == 128 and row_bytes == 256 and shared_bytes >= SHARED_BYTES_OF_H100:
         block_n = 128  # half as many rescalings and barriers
     num_warps = 8 if height == 128 or height * block_d >= 64 * 256 or row_bytes > 512 else 4
+    num_warps = 2 if low and itemsize == 2 else num_warps
     at_once = 1 if num_warps == 8 else 5 if low and itemsize == 2 else 2
     read = height >= 64  # K/V straight from shared memory: one block more is not free yet
     while True:
@@ -209,6 +216,16 @@ def launch(height: int, block_d: int, itemsize: int, shared_bytes: int) -> Launc
 def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on any device."""
     return not isinstance(_attend, triton.runtime.JITFunction)
+
+
+def _early(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that begins while the one before it ends: it reads its work list, then waits for the other.
+
+    Programmatic dependent launch, which GPUs have from Hopper on. No kernel writes a work list: it is copied, and a
+    copy has ended before anything begins.
+    """
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 @lru_cache
@@ -249,11 +266,16 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tiles + tl.program_id(0) // KV_HEADS * 4
     kv_head = tl.program_id(0) % KV_HEADS
     begin, end, first_entry, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     if count == 0:  # padding of the list
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         return
     row = tl.arange(0, BLOCK_M)
     real = row // GROUP < count
@@ -264,6 +286,10 @@ def _attend(
     stop = tl.minimum(tl.load(entry + 2, mask=real, other=end), end)
     seen_from, seen_to = tl.max(first, 0), tl.min(stop, 0)  # the slots that all rows see
     target = tl.load(entry + 3, mask=real, other=0).to(tl.int64)
+    ahead = begin + tl.arange(0, BLOCK_N)
+    coming = tl.load(slots + ahead, mask=ahead < end, other=0) if AHEAD else ahead
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     dim = tl.arange(0, BLOCK_D)
     inside = dim < DIM
     place = (which * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
@@ -273,8 +299,6 @@ def _attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     factor = scale * LOG2E if softcap is None else LOG2E
-    ahead = begin + tl.arange(0, BLOCK_N)
-    coming = tl.load(slots + ahead, mask=ahead < end, other=0) if AHEAD else ahead
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         exists = column < end
@@ -329,7 +353,11 @@ def _store(
     DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:
@@ -354,31 +382,36 @@ def _merge(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    merge = merges + tl.program_id(0) // HEADS * 4
-    head = tl.program_id(0) % HEADS
+    merge = merges + tl.program_id(0) // (HEADS // BLOCK_H) * 4
+    head = tl.program_id(0) % (HEADS // BLOCK_H) * BLOCK_H + tl.arange(0, BLOCK_H)
     which, begin, end = tl.load(merge).to(tl.int64), tl.load(merge + 1), tl.load(merge + 2)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     dim = tl.arange(0, BLOCK_D)
     inside = dim < DIM
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
     if sinks is not None:  # one more partial result, without a value
         top = tl.load(sinks + head).to(tl.float32) * LOG2E
         total += 1.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
         exists = part < end
-        spot = part.to(tl.int64) * HEADS + head
-        level = tl.load(lse + spot, mask=exists, other=float("-inf"))
-        one = tl.load(partial + spot[:, None] * DIM + dim[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
+        spot = part.to(tl.int64)[:, None] * HEADS + head[None, :]
+        readable = exists[:, None, None] & inside[None, None, :]
+        level = tl.load(lse + spot, mask=exists[:, None], other=float("-inf"))
+        one = tl.load(partial + spot[:, :, None] * DIM + dim[None, None, :], mask=readable, other=0.0)
         new_top = tl.maximum(top, tl.max(level, 0))
-        weights = tl.exp2(level - new_top)
+        weights = tl.exp2(level - new_top[None, :])
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 0)
-        acc = acc * fade + tl.sum(one * weights[:, None], 0)
+        acc = acc * fade[:, None] + tl.sum(one * weights[:, :, None], 0)
         top = new_top
-    place = output + (which * HEADS + head) * DIM + dim
-    acc = acc / tl.where(end > begin, total, 1.0)
-    tl.store(place, acc.to(output.dtype.element_ty), mask=inside & (end > begin))
+    place = output + (which * HEADS + head)[:, None] * DIM + dim[None, :]
+    acc = acc / tl.where(end > begin, total, 1.0)[:, None]
+    tl.store(place, acc.to(output.dtype.element_ty), mask=inside[None, :] & (end > begin))

@@ -107,12 +107,15 @@ def plan_work(
     tiles_wanted: int | Sequence[int],
     heights: Sequence[int] = (16, 64, 128),
     min_chunk: int = 128,
+    min_saved: int = 0,
 ) -> WorkList:
     """Cut a layout into tiles.
 
     Pieces with few queries go to tiles of the lowest height, all others to the next one that holds the largest, or to
-    the highest. Chunks are as long as lets the device finish soonest (`_longest_chunk`), but not below `min_chunk`, nor
-    below two slots for each row of a tile: a partial result is as long as a value and counts twice, written and read.
+    the highest: unless low tiles would read little twice, for tiles of another height are a launch of their own, which
+    the others wait for. Chunks are as long as lets the device finish soonest (`_longest_chunk`), but not below
+    `min_chunk`, nor below two slots for each row of a tile: a partial result is as long as a value and counts twice,
+    written and read.
 
     Args:
         layout: Who sees what; its tensors are read on the CPU (a layout that lies elsewhere is copied).
@@ -121,6 +124,7 @@ def plan_work(
             height.
         heights: Rows of a tile, ascending.
         min_chunk: Shortest stretch of slots worth a tile of its own (tokens), >= 1.
+        min_saved: Slots that all tall tiles together must save low ones from reading again (tokens), >= 0.
 
     Returns:
         On the CPU. Longest tiles first; tiles that read the same chunk side by side.
@@ -142,26 +146,34 @@ def plan_work(
         >>> work.entries[:4].tolist(), work.merges[:2].tolist()
         ([[0, 0, 4, 0], [1, 0, 4, 2], [0, 4, 5, 1], [1, 5, 6, 3]], [[0, 0, 2, 0], [1, 2, 4, 0]])
     """
-    return plan_pieces(flatten(layout), group=group, tiles_wanted=tiles_wanted, heights=heights, min_chunk=min_chunk)
+    return plan_pieces(
+        *(flatten(layout), group),
+        tiles_wanted=tiles_wanted,
+        heights=heights,
+        min_chunk=min_chunk,
+        min_saved=min_saved,
+    )
 
 
 def plan_pieces(
     pieces: Pieces,
-    *,
     group: int,
+    *,
     tiles_wanted: int | Sequence[int],
     heights: Sequence[int] = (16, 64, 128),
     min_chunk: int = 128,
+    min_saved: int = 0,
     room: int = 0,
 ) -> WorkList:
     """`plan_work` for who sees what as flat arrays.
 
     Args:
         pieces: Who sees what.
-        group: See `plan_work`, as the next three.
+        group: See `plan_work`, as the next four.
         tiles_wanted: That fill the device once.
         heights: Of tiles.
         min_chunk: Of slots.
+        min_saved: Of slots too.
         room: Queries that the counts of a small work list are rounded up for, so that all passes over about as many
             queries launch alike.
     """
@@ -174,6 +186,10 @@ def plan_pieces(
         next((height for height in heights if height >= most), heights[-1]) for most in (group, rows.max())
     )
     narrow = rows <= lowest
+    if not narrow.all():
+        length = np.maximum.reduceat(seen.stop, begin) - np.minimum.reduceat(seen.first, begin)
+        again = -(-queries // (lowest // group)) - 1  # times that low tiles would read a piece once more
+        narrow |= int((again * length)[~narrow].sum(dtype=np.int64)) < min_saved
     wanted = [tiles_wanted] * len(heights) if isinstance(tiles_wanted, int) else tiles_wanted
     tables: list[tuple[int, IntArray]] = []
     entries: list[IntArray] = []

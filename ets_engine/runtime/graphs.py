@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ets_engine.kv import DecodeLayout, KVPool
 from ets_engine.runtime.hook import check_calls
 from ets_engine.runtime.sampler import draw_uncut
 
+Result = TypeVar("Result")
 Logits = Callable[[torch.Tensor], torch.Tensor]  # [B, hidden] -> [B, V]
 
 
@@ -63,8 +64,8 @@ class Graphs:
     captured: int = 0
     _memory: Any = None
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """A graph of some work that has run before, and the tensor that it leaves its result in."""
+    def capture(self, work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """A graph of some work that has run before, and the tensors that it leaves its result in."""
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -186,7 +187,8 @@ class _Draw(NamedTuple):
     graph: torch.cuda.CUDAGraph
     states: torch.Tensor  # [R, hidden]
     numbers: torch.Tensor  # [2, R], float64: draws, temperatures
-    result: torch.Tensor  # [2, R], float64: tokens, log-probabilities
+    tokens: torch.Tensor  # [R]
+    logprobs: torch.Tensor  # [R]
 
 
 @dataclass(slots=True, eq=False)
@@ -225,21 +227,19 @@ class DrawGraphs:
         self._sent.record()
         known.states[:rows] = states
         known.graph.replay()
-        tokens, logprobs = known.result[:, :rows].clone()
-        return tokens.long(), logprobs.float()
+        return known.tokens[:rows].clone(), known.logprobs[:rows].clone()
 
     def _capture(self, states: torch.Tensor, staged: torch.Tensor, room: int, plain: bool) -> _Draw:
         static = states.new_zeros((room, states.shape[1]))
         numbers = staged.to(states.device)
 
-        def work() -> torch.Tensor:
+        def work() -> tuple[torch.Tensor, torch.Tensor]:
             draws, temperatures = numbers
-            found = draw_uncut(self.logits(static), None if plain else temperatures.float(), draws)
-            return torch.stack([one.double() for one in found])
+            return draw_uncut(self.logits(static), None if plain else temperatures.float(), draws)
 
         work()
-        graph, result = self.graphs.capture(work)
-        self._draws[room, plain] = _Draw(graph, static, numbers, result)
+        graph, (tokens, logprobs) = self.graphs.capture(work)
+        self._draws[room, plain] = _Draw(graph, static, numbers, tokens, logprobs)
         return self._draws[room, plain]
 
 

@@ -160,38 +160,14 @@ def draw_uncut(
         As `draw`.
     """
     if logits.device.type == "cuda" and logits.shape[1] > _BLOCK:
+        from ets_engine.runtime.draw_kernel import draw_by_blocks
+
         return draw_by_blocks(logits, temperatures, draws)
     logprobs = logits.float().log_softmax(-1)  # one number that is none makes its whole row NaN
     tokens = _invert(_weights(logprobs, temperatures), draws[:, None])
     if temperatures is not None:
         tokens = torch.where(temperatures == 0, logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-
-def draw_by_blocks(
-    logits: torch.Tensor, temperatures: torch.Tensor | None, draws: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`draw_uncut` that reads the logits once and writes nothing of their size: in Triton, for large vocabularies."""
-    from ets_engine.runtime.draw_kernel import block_sums
-
-    vocabulary = logits.shape[1]
-    tops, sums, tempered = block_sums(logits, temperatures, _BLOCK)  # [B, N]
-    best, best_block = tops.max(-1, keepdim=True)
-    total = (sums * (tops - best).exp()).double().sum(-1)
-    divisors = None if temperatures is None else temperatures.masked_fill(temperatures == 0, 1.0)[:, None]
-    depth = tops - best if divisors is None else (tops - best) / divisors
-    block, draws = _pick(tempered * depth.exp(), draws[:, None])
-    if temperatures is not None:
-        is_greedy = temperatures[:, None] == 0
-        block = torch.where(is_greedy, best_block, block)
-    tokens = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)  # [B, 256]
-    inside = logits.gather(1, tokens.clamp_max(vocabulary - 1)).float()
-    inside = inside.masked_fill(tokens >= vocabulary, -math.inf) - best
-    place, _ = _pick((inside if divisors is None else inside / divisors).exp(), draws)
-    if temperatures is not None:
-        place = torch.where(is_greedy, inside.argmax(-1, keepdim=True), place)
-    tokens = (block * _BLOCK + place)[:, 0].clamp_max(vocabulary - 1)
-    return tokens, (inside.gather(1, place)[:, 0].double() - total.log()).float()
 
 
 def is_cut(params: SamplingParams) -> bool:

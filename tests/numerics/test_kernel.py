@@ -78,7 +78,8 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
     block_d = 1 << (dim - 1).bit_length()
     numbers = {"KV_HEADS": 4, "GROUP": 7, "HEADS": 28, "DIM": dim, "BLOCK_D": block_d}
     how = kernel.launch(height, block_d, size, shared_kb << 10)
-    numbers |= {"BLOCK_M": height, "BLOCK_N": how.block_n, "AHEAD": how.ahead, "BLOCK_P": kernel.MERGED_AT_ONCE}
+    numbers |= {"BLOCK_M": height, "BLOCK_N": how.block_n, "AHEAD": how.ahead}
+    numbers |= {"BLOCK_H": 2, "BLOCK_P": kernel.MERGED_AT_ONCE, "EARLY": capability >= 90}
     types = {name: "*" + dtype for name in ("query", "cache", "output")} | partials | lists | extras
     for function in (kernel._attend, kernel._merge):
         plain = {"scale": "fp32", "token_stride": "i32", "head_stride": "i32"}
@@ -96,7 +97,9 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
     assert compiled(kernel._store, types, numbers | {"BLOCK_K": 4}, {}, capability).asm["cubin"]
     types = {name: "*fp32" for name in ("temperatures", "tops", "sums", "tempered")} | {"logits": "*" + dtype}
     types |= {name: "i32" for name in ("row_stride", "vocabulary", "count")}
-    assert compiled(draw_kernel._block_sums, types, {"BLOCK": 256, "BLOCKS": 8}, {}, capability).asm["cubin"]
+    assert compiled(draw_kernel._sum_blocks, types, {"BLOCK": 256, "BLOCKS": 8}, {}, capability).asm["cubin"]
+    types |= {"draws": "*fp64", "tokens": "*i64", "logprobs": "*fp32"}
+    assert compiled(draw_kernel._choose, types, {"BLOCK": 256, "BLOCKS": 512}, {}, capability).asm["cubin"]
 """
 
 

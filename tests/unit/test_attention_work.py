@@ -50,12 +50,20 @@ def seen_by_tiles(work: WorkList) -> list[tuple[int, int]]:
     group=st.integers(1, 8),
     tiles_wanted=st.integers(1, 100),
     min_chunk=st.sampled_from([1, 16, 128]),
+    min_saved=st.sampled_from([0, 40, 10**9]),
 )
 def test_tiles_cover_what_each_query_sees_exactly_once(
-    seed: int, decoding: bool, window: int | None, group: int, tiles_wanted: int, min_chunk: int
+    seed: int, decoding: bool, window: int | None, group: int, tiles_wanted: int, min_chunk: int, min_saved: int
 ) -> None:
     layout = random_layout(seed, decoding=decoding, windows=() if window is None else (window,)).within(window)
-    work = plan_work(layout, group=group, tiles_wanted=tiles_wanted, heights=(2, 8, 32), min_chunk=min_chunk)
+    work = plan_work(
+        layout,
+        group=group,
+        tiles_wanted=tiles_wanted,
+        heights=(2, 8, 32),
+        min_chunk=min_chunk,
+        min_saved=min_saved,
+    )
     expected = [(query, slot) for query, slots in enumerate(visible_slots(layout)) for slot in slots]
     assert sorted(seen_by_tiles(work)) == sorted(expected)
 
@@ -120,6 +128,17 @@ def test_a_long_prompt_runs_in_one_full_round(branches: int) -> None:
     assert work.parts[0].height == 128 and 15 <= len(tiles) <= 16
     blocks = branches // 32
     assert all(one[:2] == tiles[i - i % blocks][:2] for i, one in enumerate(tiles)), "blocks of a chunk side by side"
+
+
+def test_a_prompt_goes_to_tall_tiles_where_they_save_enough_reading() -> None:
+    """64 queries of 4 heads are 16 low tiles, so 15 x 200 slots would be read again; alone, one launch is better."""
+    tree, leaves = chain(200, 64)
+    layout = decode(tree, leaves, LayoutBuilder(tree))
+    heights = [
+        [part.height for part in plan_work(layout, group=4, tiles_wanted=16, min_saved=least).parts]
+        for least in (0, 3000, 3001)
+    ]
+    assert heights == [[128, 16], [128, 16], [16]]
 
 
 def test_each_height_is_cut_for_the_tiles_of_it_that_run_at_once() -> None:
