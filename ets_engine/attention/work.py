@@ -318,19 +318,18 @@ def _longest_chunk(length: IntArray, at_once: int, min_chunk: int) -> int:
     candidates = sorted(set(ladder), reverse=True)
     if candidates[-1] >= length.max():
         return candidates[-1]  # cuts nothing
-    took: list[int] = []
-    for longest in candidates:
-        chunk = _chunks(length, longest)
-        order = np.argsort(-chunk)
-        before = np.cumsum(-(-length // chunk)[order])  # tiles of this block and longer ones
-        rounds = np.arange(0, before[-1], at_once)
-        first = chunk[order][np.searchsorted(before, rounds, side="right")]  # of each round
-        took.append(int(first.sum()) + min_chunk * len(rounds))
-    return candidates[took.index(min(took))]
+    chunk = _chunks(length, np.array(candidates, dtype=np.int32)[:, None])  # [C, B]
+    tiles = -(-length // chunk)
+    order = np.argsort(-chunk, axis=1)
+    chunk, tiles = np.take_along_axis(chunk, order, 1), np.take_along_axis(tiles, order, 1)
+    rounds = -(-tiles.cumsum(axis=1) // at_once)  # that have begun up to the tiles of a block
+    begun = np.diff(rounds, axis=1, prepend=0)  # with a tile of it
+    took = (begun * chunk).sum(axis=1) + min_chunk * rounds[:, -1]
+    return candidates[int(took.argmin())]
 
 
-def _chunks(length: IntArray, longest: int) -> IntArray:
-    """How long the chunks of each block are, as even as can be, if none is longer than a multiple of `ALIGN`. [B]."""
+def _chunks(length: IntArray, longest: int | IntArray) -> IntArray:
+    """How long the chunks of each block are, as even as can be, if none is longer than multiples of `ALIGN`. [B]."""
     chunk = -(-length // -(-length // longest))
     return -(-chunk // ALIGN) * ALIGN
 
@@ -388,7 +387,7 @@ def _array(tensor: torch.Tensor) -> IntArray:
 
 def _starts(counts: IntArray) -> IntArray:
     """Where each of some runs begins when they lie one after the other."""
-    return (np.cumsum(counts) - counts).astype(np.int32)
+    return (counts.cumsum() - counts).astype(np.int32)
 
 
 def _ranges(starts: IntArray, counts: IntArray) -> IntArray:

@@ -143,8 +143,9 @@ class DecodeLayoutBuilder:
         Args:
             handles: Distinct held leaves.
         """
-        asked, tree = np.array(handles, dtype=np.int64), self.layouts.tree
-        stored = np.array([tree.num_tokens(handle) for handle in handles], dtype=np.int64) - 1
+        asked = np.array(handles, dtype=np.int64)
+        tokens, last_slots = self.layouts.tree.ends(handles)
+        stored = np.array(tokens, dtype=np.int64) - 1
         batch, self._batch = self._batch, None  # whatever fails below, a half-grown batch is not used
         rows = None if batch is None else _places(batch, asked, stored)
         if batch is None or rows is None:
@@ -152,7 +153,7 @@ class DecodeLayoutBuilder:
         else:
             if len(rows) < len(batch.handles):
                 batch.keep(rows)
-            batch.grow(np.array([tree.last_slot(handle) for handle in handles], dtype=np.int64))
+            batch.grow(np.array(last_slots, dtype=np.int64))
         self._batch = batch
         return self._layout(batch)
 

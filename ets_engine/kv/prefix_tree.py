@@ -8,7 +8,8 @@ a descendant lives; its pages are free the moment both end.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,8 +151,32 @@ class PrefixTree:
         else:
             node.slots[start:stop] = self._slots_between(node, start, stop)
         node.num_tokens = stop
-        self._count(node, count)
+        self._count(node.owner, count)
         return node.slots[start:stop]
+
+    def append_each(self, rows: Iterable[tuple[int, int]]) -> None:
+        """`append` to each of some leaves (handle, tokens), faster where one token goes right after the last.
+
+        Raises:
+            ValueError: as `append`.
+            PoolExhaustedError: as `append`; those before the one that found no page have grown.
+        """
+        page_tokens, grown = self.pool.page_tokens, Counter[Hashable]()
+        try:
+            for handle, more in rows:
+                node = self._node(handle)
+                count = node.num_tokens
+                own = count - len(node.lent)
+                has_slot = own > 0 and own % page_tokens and count < len(node.slots)
+                if more != 1 or not has_slot or node.num_children or not node.held:
+                    self.append(handle, more)
+                    continue
+                node.slots[count] = node.slots[count - 1] + 1
+                node.num_tokens = count + 1
+                grown[node.owner] += 1
+        finally:
+            for owner, tokens in grown.items():
+                self._count(owner, tokens)
 
     def truncate(self, handle: int, num_tokens: int) -> None:
         """Keep only a leaf's first `num_tokens` own tokens; undoes `append` after a failed batch.
@@ -169,7 +194,7 @@ class PrefixTree:
         self.pool.free(node.pages[keep_pages:])
         self.resident_pages -= len(node.pages) - keep_pages
         del node.pages[keep_pages:]
-        self._count(node, num_tokens - node.num_tokens)
+        self._count(node.owner, num_tokens - node.num_tokens)
         node.num_tokens = num_tokens
 
     def _num_pages(self, node: _Node, num_tokens: int) -> int:
@@ -200,8 +225,8 @@ class PrefixTree:
         above = _Node(node.parent, node.prefix_tokens, owner, num_children=1, num_tokens=num_tokens)
         above.pages, node.pages = node.pages[:num_pages], node.pages[num_pages:]
         above.slots, node.slots = node.slots[:num_tokens].copy(), node.slots[num_tokens:].copy()
-        self._count(node, -num_tokens)
-        self._count(above, num_tokens)
+        self._count(node.owner, -num_tokens)
+        self._count(above.owner, num_tokens)
         node.num_tokens -= num_tokens
         node.prefix_tokens += num_tokens
         node.parent = self._open(above)
@@ -220,7 +245,7 @@ class PrefixTree:
         while not node.held and not node.num_children:
             self.pool.free(node.pages)
             self.resident_pages -= len(node.pages)
-            self._count(node, -node.num_tokens)
+            self._count(node.owner, -node.num_tokens)
             del self._nodes[handle]
             if node.parent < 0:
                 break
@@ -230,14 +255,14 @@ class PrefixTree:
             if node.tenant == gone:
                 node.tenant = -1
 
-    def _count(self, node: _Node, change: int) -> None:
+    def _count(self, owner: Hashable, change: int) -> None:
         self.resident_tokens += change
         self.peak_tokens = max(self.peak_tokens, self.resident_tokens)
-        total = self._resident_of.get(node.owner, 0) + change
+        total = self._resident_of.get(owner, 0) + change
         if total:
-            self._resident_of[node.owner] = total
+            self._resident_of[owner] = total
         else:
-            self._resident_of.pop(node.owner, None)
+            self._resident_of.pop(owner, None)
 
     # ------------------------------------------------------------------ reading
 
@@ -281,10 +306,10 @@ class PrefixTree:
         node = self._node(handle)
         return node.slots[: node.num_tokens]
 
-    def last_slot(self, handle: int) -> int:
-        """Where the K/V of the node's last own token lies; it has one."""
-        node = self._node(handle)
-        return int(node.slots[node.num_tokens - 1])
+    def ends(self, handles: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Own tokens of some nodes that have any (counts), and where the K/V of the last one lies (slots). [B] each."""
+        nodes = [self._node(handle) for handle in handles]
+        return [node.num_tokens for node in nodes], [int(node.slots[node.num_tokens - 1]) for node in nodes]
 
     def resident_tokens_of(self, owner: Hashable) -> int:
         """Tokens resident for one owner, its shared prefixes counted once."""

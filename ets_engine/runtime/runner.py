@@ -342,21 +342,24 @@ class Runner:
                         f"{path_tokens} + {len(tokens)} tokens do not fit the model's context of "
                         f"{self.context_tokens}; shorten the prompt or lower max_tokens"
                     )
-                self._append_to(handle, len(tokens))
+            self._append_all(rows, stored)
         except BaseException:
             self._rollback(rows, stored)
             raise
         return stored
 
-    def _append_to(self, handle: int, count: int) -> None:
-        """`PrefixTree.append`, at the cost of remembered prompts when the pool is full."""
-        while True:
+    def _append_all(self, rows: Rows, stored: Sequence[int]) -> None:
+        """`PrefixTree.append` to all, at the cost of remembered prompts when the pool is full."""
+        rest = [(handle, len(tokens)) for handle, tokens in rows]
+        while rest:
             try:
-                self.tree.append(handle, count)
+                self.tree.append_each(rest)
                 return
             except PoolExhaustedError:
                 if not self.prefixes.forget_one():
                     raise
+                sizes = zip(rows, stored, strict=True)
+                rest = [(one, len(ids)) for (one, ids), count in sizes if self.tree.num_tokens(one) == count]
 
     def _rollback(self, rows: Rows, stored: Sequence[int]) -> None:
         for (handle, _), count in zip(rows, stored, strict=True):

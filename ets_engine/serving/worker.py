@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 
 from ets_engine.errors import EngineClosedError, EngineError, QueueFullError
+from ets_engine.runtime.threads import are_small, use_one_thread
 from ets_engine.serving.job import Job
 from ets_engine.serving.scheduler import Finish, Models, Scheduler
 from ets_engine.types import EngineStats
@@ -113,6 +114,8 @@ class Worker:
     def _work(self) -> None:
         scheduler = self._scheduler
         assert scheduler is not None
+        if scheduler.models.embedder is None and are_small(scheduler.models.runners):
+            use_one_thread()
         while self._gather(scheduler):
             if self._is_stopping:
                 scheduler.abandon(EngineClosedError("the process ended while this search ran"))

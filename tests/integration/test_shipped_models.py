@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig
 from ets_engine.reference import generate_problems, is_right_answer, is_solved, policy_path, prm_path
+from ets_engine.serving import worker
+from ets_engine.serving.scheduler import Scheduler
 
 SIZE_LIMIT_BYTES = 16_000_000
 HISTORY = {"timing", "cached_prompt_tokens"}  # what depends on the machine and on earlier searches
@@ -72,17 +76,34 @@ def test_the_answer_of_a_right_solution_is_right(engine: ETSEngine) -> None:
         assert is_right_answer(result.problem, result.answer)
 
 
-def test_threads_and_batch_size_do_not_matter(engine: ETSEngine) -> None:
-    threads = torch.get_num_threads()
-    problem = "Use 4, 6, 10 and 19 to make 16."
+def test_they_run_on_one_thread_and_leave_the_others_to_everyone_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    tick = Scheduler.tick
+    monkeypatch.setattr(Scheduler, "tick", lambda self: seen.add(torch.get_num_threads()) or tick(self))
+    with two_threads(), ETSEngine.from_pretrained("reference") as engine:
+        engine.search("Use 1, 2, 3 and 4 to make 24.", SearchConfig(width=2))
+        elsewhere: list[int] = []
+        asking = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+        asking.start()
+        asking.join()
+        assert (seen, elsewhere, torch.get_num_threads()) == ({1}, [2], 2)
+
+
+def test_threads_do_not_matter(engine: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "are_small", lambda runners: False)
+    problem, config = "Use 4, 6, 10 and 19 to make 16.", SearchConfig(width=4, seed=2)
+    with two_threads(), ETSEngine.from_pretrained("reference") as other:
+        assert engine.search(problem, config).text == other.search(problem, config).text
+
+
+@contextmanager
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        torch.set_num_threads(1)
-        one = engine.search(problem, SearchConfig(width=4, seed=2))
-        torch.set_num_threads(2)
-        two = engine.search(problem, SearchConfig(width=4, seed=2))
+        yield
     finally:
-        torch.set_num_threads(threads)
-    assert one.text == two.text
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("problem", ["What is 2+2?", "", "Use 1 and 2 to make 3."])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -79,6 +81,26 @@ class KVTreeMachine(RuleBasedStateMachine):
         slots = self.tree.append(leaf, count).tolist()
         assert self.tree.slots(leaf).tolist() == before + slots
         self.count[leaf] += count
+
+    @precondition(lambda self: self.leaves())
+    @rule(data=st.data(), count=st.sampled_from([1, 1, 2]))
+    def append_each(self, data: st.DataObject, count: int) -> None:
+        """As `append`, one after the other: those before the one that finds no page have grown."""
+        leaves = data.draw(st.lists(st.sampled_from(self.leaves()), min_size=1, unique=True))
+        room = MAX_TOKENS // PAGE_TOKENS - sum(self.pages(node) for node in self.alive())
+        fit = 0
+        for leaf in leaves:
+            room -= self.pages(leaf, count) - self.pages(leaf)
+            if room < 0:
+                break
+            fit += 1
+        before = {leaf: self.tree.slots(leaf).tolist() for leaf in leaves}
+        with nullcontext() if fit == len(leaves) else pytest.raises(PoolExhaustedError, match=str(MAX_TOKENS)):
+            self.tree.append_each((leaf, count) for leaf in leaves)
+        for place, leaf in enumerate(leaves):
+            self.count[leaf] += count * (place < fit)
+            slots = self.tree.slots(leaf).tolist()
+            assert slots[: len(before[leaf])] == before[leaf] and len(slots) == self.count[leaf]
 
     @precondition(lambda self: set(self.parent.values()) & self.held)
     @rule(data=st.data())
