@@ -98,7 +98,7 @@ def plan_pass(pieces: Pieces, cache: torch.Tensor, *, group: int, room: int = 0)
     kv_heads, dim = cache.shape[2:]
     tallest, processors, shared = heights(dim, cache.dtype), _processors(cache.device), _shared_bytes(cache.device)
     hows = [launch(height, _block_d(dim), cache.dtype.itemsize, shared) for height in tallest]
-    tiles_wanted = [max(1, processors * how.at_once // kv_heads) for how in hows]
+    tiles_wanted = [max(1, processors * min(how.at_once, 3) // kv_heads) for how in hows]  # 5 leave more to merge
     min_saved = TALL_SAVED_BYTES // (2 * kv_heads * dim * cache.dtype.itemsize)
     return plan_pieces(pieces, group, tiles_wanted=tiles_wanted, heights=tallest, min_saved=min_saved, room=room)
 
