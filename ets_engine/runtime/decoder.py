@@ -9,7 +9,7 @@ what: each branch has a row of its own until its step ends.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import NamedTuple
@@ -41,6 +41,8 @@ class _Row:
     members: list[_Live]  # below one parent, with equal rules; they have drawn the same tokens so far
     handle: int
     state: int  # its place among the decoder's hidden states
+    quiet: Mapping[int, bool] | None  # see `StopFinder.quiet_tokens`
+    most_tokens: int  # that the step may have
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -150,9 +152,11 @@ class StepDecoder:
             together = branch.merges and not self.runner.runs_ahead
             alike.setdefault(_rules(branch) if together else id(branch), []).append(_Live(branch))
         for members in alike.values():
-            parent = members[0].branch.parent
-            handle = self.runner.tree.fork(parent.handle, fill_page=True)
-            self._rows.append(_Row(members, handle, state_of[id(parent)]))
+            first = members[0].branch
+            handle = self.runner.tree.fork(first.parent.handle, fill_page=True)
+            most = min(self._tokens_left(first), first.stops.max_step_tokens)
+            quiet = self._stops.quiet_tokens(first.stops)
+            self._rows.append(_Row(members, handle, state_of[id(first.parent)], quiet, most))
         self._states = torch.cat([self._states, *(parent.hidden[None] for parent in parents)])
         self._sums = torch.cat([self._sums, self._sums.new_zeros((len(alike), self._sums.shape[1]))])
         self._waiting = [branch for branch in self._waiting if self._tokens_left(branch) <= 0]
@@ -225,7 +229,8 @@ class StepDecoder:
         for part, handle in going:
             row = self._rows[part.row]
             if len(part.members) < len(row.members):
-                row = _Row([live[place] for place in part.members], handle, row.state, [*row.tokens])
+                members = [live[place] for place in part.members]
+                row = _Row(members, handle, row.state, row.quiet, row.most_tokens, [*row.tokens])
             row.tokens.append(part.token)
             rows.append(row)
         before = {row.handle for row in self._rows}
@@ -259,7 +264,11 @@ class StepDecoder:
             alike: dict[int, list[int]] = {}
             for place in islice(places, len(row.members)):
                 alike.setdefault(tokens[place], []).append(place)
-            parts += [_Part(number, members, token, self._reason(row, token)) for token, members in alike.items()]
+            quiet, read = row.quiet, row.tokens
+            goes_on = quiet is not None and read and len(read) + 1 < row.most_tokens and quiet[read[-1]]
+            for token, members in alike.items():
+                reason = None if goes_on and quiet[token] else self._reason(row, token)
+                parts.append(_Part(number, members, token, reason))
         return parts
 
     def _part_ways(self, parts: Sequence[_Part], forked: list[int]) -> list[int]:
@@ -324,11 +333,14 @@ class StepDecoder:
             [one.branch.node for one in live],
             [row.first.parent.path_tokens + len(row.tokens) for row in self._rows for _ in row.members],
         )
-        kinds: dict[tuple[int, SamplingParams], int] = {}  # the distributions that tokens are drawn from
+        kinds: dict[tuple[int, int], int] = {}  # the distributions that tokens are drawn from
         drawn_from = [
-            kinds.setdefault((row.state, one.branch.sampling), len(kinds)) for row in self._rows for one in row.members
+            kinds.setdefault((row.state, id(one.branch.sampling)), len(kinds))
+            for row in self._rows
+            for one in row.members
         ]
-        places, params = [state for state, _ in kinds], [sampling for _, sampling in kinds]
+        sampling = {id(one.branch.sampling): one.branch.sampling for one in live}
+        places, params = [state for state, _ in kinds], [sampling[kind] for _, kind in kinds]
         asked = [place for place, one in enumerate(live) if one.branch.needs_certainty]
         if self.runner.uses_graphs and not asked:
             places, params = [places[kind] for kind in drawn_from], [one.branch.sampling for one in live]

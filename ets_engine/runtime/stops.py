@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
@@ -74,6 +74,7 @@ class StopFinder:
         self._tokenizer = tokenizer
         self._letters = _Letters(self._decode)
         self._closing: dict[tuple[tuple[str, ...], ...], _Closing] = {}  # by stop strings
+        self._quiet: dict[Hashable, _Quiet] = {}  # by stop strings and ends of text
 
     def text(self, recent: Sequence[int], tokens: Sequence[int]) -> str:
         """Text that `tokens` add after the tokens `recent`, special tokens left out.
@@ -130,6 +131,22 @@ class StopFinder:
         if self._letters[before] is None and self._withholds(closing, recent, tokens):
             return True
         return closing[token] and self._closes(closing, recent, tokens, token, carry)
+
+    def quiet_tokens(self, rules: StopRules) -> Mapping[int, bool] | None:
+        """Tokens that end no step whatever came before: `may_end` is False for one after another while tokens are left.
+
+        Returns:
+            By token id, found out when it is asked for; None where any token may end a step.
+        """
+        if rules.is_over:
+            return None
+        known = self._quiet.get((rules.strings, rules.final_strings, rules.openers, rules.eos_ids))
+        if known is None:
+            if len(self._quiet) >= _KNOWN_RULES:
+                self._quiet.clear()
+            known = _Quiet(self._letters, self._closing_of(rules), rules.eos_ids)
+            self._quiet[rules.strings, rules.final_strings, rules.openers, rules.eos_ids] = known
+        return known
 
     def _closing_of(self, rules: StopRules) -> _Closing:
         """What is known of tokens under these rules; nothing yet."""
@@ -271,6 +288,19 @@ class _Closing(dict[int, bool]):
             return text.startswith(self._tails) or any(stop in text for stop in self.stops)
         alone = self.letters.decode([token])
         return _INCOMPLETE not in alone or any(last in alone or ord(last) > 127 for last in self._last)
+
+
+class _Quiet(dict[int, bool]):
+    """See `StopFinder.quiet_tokens`; the tokens asked for so far."""
+
+    def __init__(self, letters: _Letters, closing: _Closing, eos_ids: Collection[int]) -> None:
+        super().__init__()
+        self._letters, self._closing, self._eos_ids = letters, closing, eos_ids
+
+    def __missing__(self, token: int) -> bool:
+        closes = bool(self._closing.stops) and (self._letters[token] is None or self._closing[token])
+        self[token] = token not in self._eos_ids and not closes
+        return self[token]
 
 
 def _without_spaces(text: str) -> str:

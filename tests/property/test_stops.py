@@ -146,7 +146,11 @@ def check_until_it_ends(
     written: int,
     carry: str,
 ) -> None:
+    quiet = finder.quiet_tokens(rules)
+    assert quiet is not None
     for count, token in enumerate(tokens):
+        if count and count + 1 < min(left, rules.max_step_tokens) and quiet[tokens[count - 1]] and quiet[token]:
+            assert not finder.may_end(rules, recent, tokens[:count], token, left, carry)
         reason = finder.reason(rules, recent, tokens[: count + 1], left, written, carry)
         if reason is not None:
             assert finder.may_end(rules, recent, tokens[:count], token, left, carry)
