@@ -22,7 +22,7 @@ from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.runtime.branches import Branch, FinishedBranch, Leaf
 from ets_engine.runtime.leaves import Leaves
 from ets_engine.runtime.runner import Runner
-from ets_engine.runtime.sampler import SamplingParams, certainties, check_drawn, draw, uniforms
+from ets_engine.runtime.sampler import certainties, check_drawn, draw, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
 from ets_engine.runtime.transfer import Readback, upload
 from ets_engine.runtime.usage import Usages
