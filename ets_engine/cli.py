@@ -19,6 +19,7 @@ from ets_engine.commands.common import (
     EXIT_ABORTED,
     EXIT_FAILURE,
     PRICED,
+    engine_settings,
     fail,
     one_line_errors,
     option,
@@ -116,6 +117,10 @@ def solve(
     verifier_format: Annotated[
         str, option("NAME", "What the PRM reads, see `ets models`.", default="as the PRM shows")
     ] = "auto",
+    step_separator: Annotated[
+        str | None,
+        option("TEXT", "Ends a step for a PRM of format trl or skywork; \\n is a line end.", default="\\n"),
+    ] = None,
     device: Annotated[
         str, option("NAME", "Where the models run, e.g. cpu or cuda.", default="cuda where there is one")
     ] = "auto",
@@ -151,8 +156,6 @@ def solve(
     Exit codes: 0 an answer, 1 a failure or no answer, 2 bad usage, 130 aborted.
     """
     with _Interrupts() as interrupts, one_line_errors():
-        from ets_engine.config import EngineConfig
-
         settings = {
             "strategy": strategy,
             "width": width,
@@ -167,7 +170,7 @@ def solve(
         }
         config = _search_config({name: value for name, value in settings.items() if value is not None})
         text = _read_problem(problem)
-        engine = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
+        engine = engine_settings(device, preset, verifier_format, step_separator)
         _check_models(text, model, verifier, engine)
         result = _search(text, config, interrupts, model, verifier, engine)
         _show(result, as_json=json, tree=tree)
@@ -237,8 +240,9 @@ def _check_models(text: str, model: str, verifier: str | None, engine: EngineCon
                 "--model openai:... needs something that scores its steps: pass --verifier, a PRM's name, "
                 "judge:openai:URL#model or pooling:openai:URL#model"
             )
-        if engine.verifier_format != "auto" and verifier.startswith("judge:"):
-            raise ConfigError("--verifier-format has no effect on a server's model: leave it out")
+        if verifier.startswith("judge:") and (unread := engine.changed(("verifier_format", "step_separator"))):
+            names = ", ".join("--" + one.partition("=")[0].replace("_", "-") for one in unread)
+            raise ConfigError(f"{names} has no effect on a server's model: leave it out")
     elif verifier is None and model != REFERENCE:
         raise ConfigError(
             f"--model {model} needs something that scores its steps: pass --verifier, a PRM's name or logprob"

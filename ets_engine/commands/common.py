@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from ets_engine.errors import ETSError
+
+if TYPE_CHECKING:
+    from ets_engine.config import EngineConfig
 
 EXIT_ANSWER, EXIT_FAILURE, EXIT_USAGE, EXIT_ABORTED = 0, 1, 2, 130
 PRICED = ("ets", "ets_kv", "ets_published")  # strategies that heed lambda_b
@@ -20,6 +23,19 @@ def option(metavar: str, text: str, *, default: object = None) -> Any:
     """An option; `default` says what its absence means where that is not an empty value."""
     shown = "" if default is None else f" [default: {default}]"
     return typer.Option(metavar=metavar, help=text + shown, show_default=False)
+
+
+def engine_settings(device: str, preset: str, verifier_format: str, step_separator: str | None) -> EngineConfig:
+    """Settings from the options that say which models run where.
+
+    Raises:
+        ConfigError: There is no such preset or format.
+    """
+    from ets_engine.config import EngineConfig
+
+    separator = None if step_separator is None else step_separator.replace("\\n", "\n")
+    named: dict[str, Any] = {"preset": preset, "verifier_format": verifier_format}
+    return EngineConfig(device=device, step_separator=separator, **named)
 
 
 def quiet_libraries(*, is_terminal: bool) -> None:

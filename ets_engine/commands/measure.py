@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from ets_engine.commands.common import COVERING, EXIT_FAILURE, PRICED, fail, one_line_errors, option, quiet_libraries
+from ets_engine.commands.common import (
+    COVERING,
+    EXIT_FAILURE,
+    PRICED,
+    engine_settings,
+    fail,
+    one_line_errors,
+    option,
+    quiet_libraries,
+)
 from ets_engine.errors import ConfigError
 
 
@@ -35,6 +44,10 @@ def bench(
     verifier_format: Annotated[
         str, option("NAME", "What the PRM reads, see `ets models`.", default="as the PRM shows")
     ] = "auto",
+    step_separator: Annotated[
+        str | None,
+        option("TEXT", "Ends a step for a PRM of format trl or skywork; \\n is a line end.", default="\\n"),
+    ] = None,
     device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
     strategies: Annotated[
         str,
@@ -72,7 +85,7 @@ def bench(
     with one_line_errors():
         from rich.console import Console
 
-        from ets_engine.config import EngineConfig, SearchConfig
+        from ets_engine.config import SearchConfig
         from ets_engine.evaluation.methods import STRATEGIES, read_settings
         from ets_engine.evaluation.session import REPORT, Plan, compare
         from ets_engine.evaluation.table import summary_view
@@ -92,7 +105,7 @@ def bench(
             out=out,
             model=model,
             verifier=verifier,
-            engine=EngineConfig(device=device, preset=preset, verifier_format=verifier_format),  # type: ignore[arg-type]
+            engine=engine_settings(device, preset, verifier_format, step_separator),
             data=data,
             limit=limit,
             data_seed=data_seed,

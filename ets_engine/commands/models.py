@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ets_engine.commands.common import EXIT_FAILURE, fail, one_line_errors, option, quiet_libraries
+from ets_engine.commands.common import EXIT_FAILURE, engine_settings, fail, one_line_errors, option, quiet_libraries
 from ets_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,6 +68,10 @@ def check(
         str, option("NAME", "Prompt, step boundaries and answers.", default="as the model shows")
     ] = "auto",
     verifier_format: Annotated[str, option("NAME", "What the PRM reads.", default="as the model shows")] = "auto",
+    step_separator: Annotated[
+        str | None,
+        option("TEXT", "Ends a step for a PRM of format trl or skywork; \\n is a line end.", default="\\n"),
+    ] = None,
     problem: Annotated[
         str | None, option("TEXT", "What the trial search solves.", default="a sum, or one the shipped models know")
     ] = None,
@@ -83,13 +87,13 @@ def check(
     with one_line_errors():
         from rich.console import Console
 
-        from ets_engine.config import EngineConfig, SearchConfig
+        from ets_engine.config import SearchConfig
         from ets_engine.reference import REFERENCE
         from ets_engine.services import open_engine
 
         _check_at_least_1("--tokens", tokens)
         quiet_libraries(is_terminal=False)
-        config = EngineConfig(device=device, preset=preset, verifier_format=verifier_format)  # type: ignore[arg-type]
+        config = engine_settings(device, preset, verifier_format, step_separator)
         knows_families = REFERENCE in (model, preset, model.partition("#")[2])
         asked = problem or ("Use 1, 3, 7 and 17 to make 22." if knows_families else CHECK_PROBLEM)
         with open_engine(model, verifier, config) as engine:

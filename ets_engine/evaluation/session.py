@@ -152,7 +152,7 @@ def _settings(plan: Plan) -> Settings:
     dtype = plan.engine.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    chosen = plan.engine.model_dump(include={"preset", "verifier_format"}, exclude_defaults=True)
+    chosen = plan.engine.model_dump(include={"preset", "verifier_format", "step_separator"}, exclude_defaults=True)
     search = plan.base.model_dump(mode="json", exclude={"strategy", "width", "seed", "trace", "n_candidates", "vote"})
     path = Path(plan.data)
     return Settings(

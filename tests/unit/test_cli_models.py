@@ -128,6 +128,10 @@ def test_paths_are_no_longer_than_the_context_of_their_model() -> None:
         pytest.param(["--preset", "qwen9"], 2, "preset='qwen9' is unknown; choose 'auto' or", id="preset"),
         pytest.param(["--preset", "qwen_math"], 2, "needs a chat template", id="chat template"),
         pytest.param(["--verifier-format", "qwenn"], 2, "verifier_format='qwenn'", id="format"),
+        pytest.param(
+            *(["--verifier", "logprob", "--step-separator", r"\n\n"], 2, r"step_separator='\n\n': no PRM is loaded"),
+            id="separator",
+        ),
         pytest.param(["--device", "quantum"], 2, "device='quantum' is unknown", id="device"),
         pytest.param(["--tokens", "0"], 2, "--tokens 0: give 1 or more", id="tokens"),
         pytest.param(["--problem", "2+2?"], 2, "the shipped reference models only know", id="problem"),
@@ -272,8 +276,9 @@ def test_a_bench_is_told_what_a_served_prm_reads(address: str, asked: list[tuple
     summary = read_summary(tmp_path / "summary.json")
     assert [row.failed for row in summary.rows] == [0]
     assert summary.settings[-1].search["verifier_format"] == "qwen"
-    done = ets(*options, "--verifier-format", "trl")
-    assert_fails(done, 2, "verifier_format='qwen' instead of 'trl'")
+    done = ets(*options, "--verifier-format", "trl", "--step-separator", r"\n\n")
+    assert_fails(done, 2, "verifier_format='qwen' instead of 'trl'", r"step_separator")
+    assert asked[-1][2].step_separator == "\n\n"
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,9 @@ def test_a_served_verifier_is_no_model_to_load(verifier: str) -> None:
     [
         ([], "a PRM's name, judge:openai:URL#model or pooling:openai:URL#model"),
         (["--verifier", f"judge:{ADDRESS}", "--verifier-format", "trl"], "--verifier-format has no effect"),
+        (["--verifier", f"judge:{ADDRESS}", "--step-separator", "|"], "--step-separator has no effect"),
     ],
-    ids=["no verifier", "format"],
+    ids=["no verifier", "format", "separator"],
 )
 def test_solve_says_what_is_no_use(options: list[str], said: str) -> None:
     done = CliRunner().invoke(cli.app, ["solve", "1+1?", "--model", ADDRESS.replace("//", "//me:secret@"), *options])
