@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             engine.search("warm up", search.model_copy(update={"width": 2, "max_tokens": 20}), verifier=judge)
             scheduler = engine._worker._scheduler
             assert scheduler is not None
-            runner = scheduler.models.runners[0]  # no public figure tells passes from what is between them
+            runner = scheduler._models.runners[0]  # no public figure tells passes from what is between them
             base, head = runner._base, runner._head
             assert head is not None
             base.forward, head.forward = watch.around(base.forward), watch.around(head.forward)

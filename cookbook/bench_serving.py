@@ -216,11 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--peer-searches", type=int, default=4, help="by generate, which is slow")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all sides")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--threads", type=int, default=1, help="of generate; the engine takes one for such models")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     rng = Random(f"serving/{options.seed}")
     problems = [draw(rng, "countdown", 4 + i % 3, held_out=True)[0].problem for i in range(options.searches)]
     rows = []

@@ -9,8 +9,8 @@ A block of K/V is known only by its slots, which are loaded first. Tall tiles le
 where two more stages put one more block in flight. Lower tiles load the slots of the next block themselves, into
 registers: every stage is a block of K/V, so more tiles share a multiprocessor. Most of them are one block long, and
 what they wait for is each other's latency. Timed on an H100 both ways; tall tiles are 7 % slower with the second.
-Tall and low tiles are two launches, one after the other. Where tall ones would save little reading there is only the
-second: on search trees that is 15 % faster, below a long prompt up to 3 x slower.
+Tall and low tiles are two launches, one after the other. Where tall ones would save little reading, all tiles are low:
+without the first launch search trees take 15 % less, but a long prompt would take up to 3 x as long.
 
 Block sizes and pipeline depths of bf16 at head dim 128 were chosen from some 60 that were timed on an H100
 (`cookbook/roofline.md`); others follow from registers and shared memory in the same way, and have not been timed. They
@@ -98,7 +98,8 @@ def plan_pass(pieces: Pieces, cache: torch.Tensor, *, group: int, room: int = 0)
     kv_heads, dim = cache.shape[2:]
     tallest, processors, shared = heights(dim, cache.dtype), _processors(cache.device), _shared_bytes(cache.device)
     hows = [launch(height, _block_d(dim), cache.dtype.itemsize, shared) for height in tallest]
-    tiles_wanted = [max(1, processors * min(how.at_once, 3) // kv_heads) for how in hows]  # 5 leave more to merge
+    # five low tiles run at once on a multiprocessor, but chunks cut for three leave fewer partial results
+    tiles_wanted = [max(1, processors * min(how.at_once, 3) // kv_heads) for how in hows]
     min_saved = TALL_SAVED_BYTES // (2 * kv_heads * dim * cache.dtype.itemsize)
     return plan_pieces(pieces, group, tiles_wanted=tiles_wanted, heights=tallest, min_saved=min_saved, room=room)
 
@@ -218,13 +219,15 @@ def is_interpreted() -> bool:
     return not isinstance(_attend, triton.runtime.JITFunction)
 
 
+@lru_cache
 def _early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that begins while the one before it ends: it reads its work list, then waits for the other.
 
     Programmatic dependent launch, which GPUs have from Hopper on. No kernel writes a work list: it is copied, and a
     copy has ended before anything begins.
     """
-    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None and not is_interpreted()
+    early = is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 

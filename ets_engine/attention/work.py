@@ -112,10 +112,10 @@ def plan_work(
     """Cut a layout into tiles.
 
     Pieces with few queries go to tiles of the lowest height, all others to the next one that holds the largest, or to
-    the highest: unless low tiles would read little twice, for tiles of another height are a launch of their own, which
-    the others wait for. Chunks are as long as lets the device finish soonest (`_longest_chunk`), but not below
-    `min_chunk`, nor below two slots for each row of a tile: a partial result is as long as a value and counts twice,
-    written and read.
+    the highest. Those are a launch of their own, which the low tiles wait for, so where they would save little reading
+    all pieces of the pass go to low ones. Chunks are as long as lets the device finish soonest (`_longest_chunk`), but
+    not below `min_chunk`, nor below two slots for each row of a tile: a partial result is as long as a value and counts
+    twice, written and read.
 
     Args:
         layout: Who sees what; its tensors are read on the CPU (a layout that lies elsewhere is copied).
@@ -124,7 +124,8 @@ def plan_work(
             height.
         heights: Rows of a tile, ascending.
         min_chunk: Shortest stretch of slots worth a tile of its own (tokens), >= 1.
-        min_saved: Slots that all tall tiles together must save low ones from reading again (tokens), >= 0.
+        min_saved: Slots that tall tiles must save low ones from reading again (tokens), >= 0, all of the pass together;
+            counted as if each low tile read its whole piece, and tall ones read it once.
 
     Returns:
         On the CPU. Longest tiles first; tiles that read the same chunk side by side.
@@ -185,11 +186,11 @@ def plan_pieces(
     lowest, tallest = (
         next((height for height in heights if height >= most), heights[-1]) for most in (group, rows.max())
     )
-    narrow = rows <= lowest
+    narrow = (rows <= lowest) | (lowest == tallest)
     if not narrow.all():
         length = np.maximum.reduceat(seen.stop, begin) - np.minimum.reduceat(seen.first, begin)
         again = -(-queries // (lowest // group)) - 1  # times that low tiles would read a piece once more
-        narrow |= int((again * length)[~narrow].sum(dtype=np.int64)) < min_saved
+        narrow |= int((again * length.astype(np.int64))[~narrow].sum()) < min_saved
     wanted = [tiles_wanted] * len(heights) if isinstance(tiles_wanted, int) else tiles_wanted
     tables: list[tuple[int, IntArray]] = []
     entries: list[IntArray] = []
@@ -307,7 +308,7 @@ def _cut(pieces: _Pieces, seen: _Seen, queries_of_tile: int, at_once: int, min_c
 
 
 def _longest_chunk(length: IntArray, at_once: int, min_chunk: int) -> int:
-    """The longest chunk that blocks of some lengths [B] are best cut into, where so many tiles run at once.
+    """The longest chunk that blocks of some lengths [B] are best cut into, as if so many tiles ran at once.
 
     Tiles run longest first, in rounds, each as long as its first tile and the time of `min_chunk` slots more, in which
     a tile finds out what it reads and leaves its result. Few long chunks pay that seldom; many short ones fill the last
@@ -329,7 +330,10 @@ def _longest_chunk(length: IntArray, at_once: int, min_chunk: int) -> int:
 
 
 def _chunks(length: IntArray, longest: int | IntArray) -> IntArray:
-    """How long the chunks of each block are, as even as can be, if none is longer than multiples of `ALIGN`. [B]."""
+    """How long the chunks of each block are, as even as can be, if none is longer than a multiple of `ALIGN`.
+
+    Of each block [B], for one such multiple; or for several [C, 1], then [C, B].
+    """
     chunk = -(-length // -(-length // longest))
     return -(-chunk // ALIGN) * ALIGN
 

@@ -17,7 +17,10 @@ COPY_BYTES = 1 << 28
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
-    """The GPU, or the CPU and its instructions that matter; threads, versions, commit."""
+    """The GPU, or the CPU and its instructions that matter; versions, commit, and the threads that torch is set to.
+
+    An engine computes with one thread where its models are small (`ets_engine.runtime.threads`), whatever that says.
+    """
     import scipy
     import torch
     import transformers

@@ -158,8 +158,7 @@ class PrefixTree:
         """`append` to each of some leaves (handle, tokens), faster where one token goes right after the last.
 
         Raises:
-            ValueError: as `append`.
-            PoolExhaustedError: as `append`; those before the one that found no page have grown.
+            KeyError, ValueError, PoolExhaustedError: as `append`; rows before the one that raised have grown.
         """
         page_tokens, grown = self.pool.page_tokens, Counter[Hashable]()
         try:

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 256  # tokens of the vocabulary, a power of two
+from ets_engine.runtime.sampler import BLOCK
+
 BLOCKS_AT_ONCE = 8
 BELOW_ONE = tl.constexpr(1 - 2.0**-53)
 
@@ -27,7 +28,8 @@ def draw_by_blocks(
         draws: In (0, 1). Shape [B], float64.
 
     Returns:
-        Token ids [B] (int64), and their log-probabilities [B] (fp32) at temperature 1; NaN where a row holds NaN.
+        Token ids [B] (int64), and their log-probabilities [B] (fp32) at temperature 1; NaN where a row's
+        logits are no numbers.
     """
     rows, vocabulary = logits.shape
     count = -(-vocabulary // BLOCK)
@@ -122,8 +124,8 @@ def _pick(weights, draw, SIZE: tl.constexpr):
     entry = tl.arange(0, SIZE)
     weights = weights.to(tl.float64)
     upto = tl.cumsum(weights, 0)
-    target = draw * tl.max(upto, 0)
-    chosen = tl.min(tl.where((upto > target) & (weights > 0), entry, SIZE - 1), 0)  # the last where a weight is NaN
+    target = draw * tl.max(tl.where(weights > 0, upto, 0.0), 0)  # sums in parallel need not rise from entry to entry
+    chosen = tl.min(tl.where((upto > target) & (weights > 0), entry, SIZE - 1), 0)  # any where a weight is NaN
     weight = tl.sum(tl.where(entry == chosen, weights, 0.0), 0)
     before = tl.sum(tl.where(entry == chosen, upto, 0.0), 0) - weight
     return chosen, tl.minimum(tl.maximum((target - before) / weight, 0.0), BELOW_ONE)

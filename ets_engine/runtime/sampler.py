@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ets_engine.errors import ConfigError, ETSError
 from ets_engine.runtime.transfer import upload
 
-_BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
+BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
 _BELOW_ONE = 1 - 2.0**-53
 _LIKELIEST = 128  # tokens that are put in order at first for top-p; more only where they do not reach p
 
@@ -159,7 +159,7 @@ def draw_uncut(
     Returns:
         As `draw`.
     """
-    if logits.device.type == "cuda" and logits.shape[1] > _BLOCK:
+    if logits.device.type == "cuda" and logits.shape[1] > BLOCK:
         from ets_engine.runtime.draw_kernel import draw_by_blocks
 
         return draw_by_blocks(logits, temperatures, draws)
@@ -240,15 +240,15 @@ def _invert(weights: torch.Tensor, draws: torch.Tensor, rows: torch.Tensor | Non
         rows: Which distribution each is from, None = one each. Shape [B].
     """
     count, vocabulary = weights.shape
-    if vocabulary <= _BLOCK:
+    if vocabulary <= BLOCK:
         return _pick(weights if rows is None else weights[rows], draws)[0][:, 0]
-    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(count, -1, _BLOCK)
+    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(count, -1, BLOCK)
     sums = blocks.sum(-1)
     block, draws = _pick(sums if rows is None else sums[rows], draws)
     if rows is None:
         rows = torch.arange(count, device=weights.device)
     inside, _ = _pick(blocks[rows, block[:, 0]], draws)
-    return (block * _BLOCK + inside)[:, 0].clamp_max(vocabulary - 1)
+    return (block * BLOCK + inside)[:, 0].clamp_max(vocabulary - 1)
 
 
 def _pick(weights: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -122,9 +122,7 @@ class StopFinder:
             return True
         if carry and not tokens:
             return True  # the carry itself may hold a stop string
-        closing = self._closing.get((rules.strings, rules.final_strings, rules.openers))
-        if closing is None:
-            closing = self._closing_of(rules)
+        closing = self._closing_of(rules)
         if not closing.stops:
             return False
         before = tokens[-1] if tokens else recent[-1] if recent else token
@@ -133,27 +131,30 @@ class StopFinder:
         return closing[token] and self._closes(closing, recent, tokens, token, carry)
 
     def quiet_tokens(self, rules: StopRules) -> Mapping[int, bool] | None:
-        """Tokens that end no step whatever came before: `may_end` is False for one after another while tokens are left.
+        """Tokens of which one right after another, both of the same step, ends it by nothing but its length.
 
         Returns:
             By token id, found out when it is asked for; None where any token may end a step.
         """
         if rules.is_over:
             return None
-        known = self._quiet.get((rules.strings, rules.final_strings, rules.openers, rules.eos_ids))
+        key = rules.strings, rules.final_strings, rules.openers, rules.eos_ids
+        known = self._quiet.get(key)
         if known is None:
             if len(self._quiet) >= _KNOWN_RULES:
                 self._quiet.clear()
-            known = _Quiet(self._letters, self._closing_of(rules), rules.eos_ids)
-            self._quiet[rules.strings, rules.final_strings, rules.openers, rules.eos_ids] = known
+            known = self._quiet[key] = _Quiet(self._letters, self._closing_of(rules), rules.eos_ids)
         return known
 
     def _closing_of(self, rules: StopRules) -> _Closing:
-        """What is known of tokens under these rules; nothing yet."""
-        if len(self._closing) >= _KNOWN_RULES:
-            self._closing.clear()
-        new = _Closing(self._letters, rules.strings + rules.final_strings + rules.openers)
-        return self._closing.setdefault((rules.strings, rules.final_strings, rules.openers), new)
+        """What is known of tokens under these rules."""
+        key = rules.strings, rules.final_strings, rules.openers
+        known = self._closing.get(key)
+        if known is None:
+            if len(self._closing) >= _KNOWN_RULES:
+                self._closing.clear()
+            known = self._closing[key] = _Closing(self._letters, rules.strings + rules.final_strings + rules.openers)
+        return known
 
     def _withholds(self, closing: _Closing, recent: Sequence[int], tokens: Sequence[int]) -> bool:
         """Whether the last tokens may hold the end of a stop string that is not seen until a character is complete."""

@@ -73,7 +73,7 @@ class Scheduler:
     """All searches of one pair of models.
 
     Args:
-        models: What they run on; nothing else may use them. An attribute too.
+        models: What they run on; nothing else may use them.
         finish: Called once per search that came to its end.
         wake: Called from other threads when a caller's own verifier has answered; it must not block.
         worker: Whoever calls `tick`, for `in_callback`.
@@ -83,7 +83,7 @@ class Scheduler:
         self, models: Models, finish: Finish, wake: Callable[[], None] = lambda: None, worker: object = None
     ) -> None:
         """See the class."""
-        self.models = models
+        self._models = models
         self._finish = finish
         self._wake = wake
         self._worker = worker
@@ -114,7 +114,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """What was done so far; from another thread, a picture that may be a moment old."""
-        runners = self.models.runners
+        runners = self._models.runners
         done = [runner.stats for runner in runners]
         return EngineStats(
             policy_tokens=done[0].tokens,
@@ -179,7 +179,7 @@ class Scheduler:
             return True
         wanted = effective_width(job.config) * min(STEP_TOKENS, job.config.max_step_tokens)
         wanted += job.policy.dropped_tokens if job.policy else 0
-        pools = [runner.tree.pool for runner in self.models.runners]
+        pools = [runner.tree.pool for runner in self._models.runners]
         return all(pool.free_pages_left is None or pool.free_pages_left * pool.page_tokens >= wanted for pool in pools)
 
     def _make_room(self) -> bool:
@@ -227,7 +227,7 @@ class Scheduler:
             self._couriers.pop(job)  # called off while it waited
             return
         self._live[job.number] = job
-        models, verifier = self.models, job.verifier
+        models, verifier = self._models, job.verifier
         job.policy = TreePolicy(
             *(models.decoder, models.format, job.prompt, job.config, job.number, job.tools),
             needs_certainty=isinstance(verifier, EvidenceScorer) and verifier.needs_certainty,
@@ -258,7 +258,7 @@ class Scheduler:
         lengths = [job.policy.prompt_tokens]
         if isinstance(job.judge, PrmVerifier):
             lengths.append(job.judge.root_tokens)
-        for length, runner in zip(lengths, self.models.runners, strict=False):
+        for length, runner in zip(lengths, self._models.runners, strict=False):
             pool = runner.tree.pool
             needed = -(-length // pool.page_tokens) + 1
             if pool.max_pages is not None and needed > pool.max_pages:
@@ -306,11 +306,11 @@ class Scheduler:
             case Progress(event):
                 return self._couriers[job].tell(event)
             case request:
-                return answer(request, job.policy, job.judge, self.models.embedder or job.policy)
+                return answer(request, job.policy, job.judge, self._models.embedder or job.policy)
 
     def _read_ahead(self, policy: TreePolicy) -> bool:
         """Whether a search's prompt is read, but for what goes along with its first steps; one chunk per tick."""
-        chunk_tokens = self.models.decoder.runner.config.prefill_chunk_tokens
+        chunk_tokens = self._models.decoder.runner.config.prefill_chunk_tokens
         if policy.unread_tokens <= chunk_tokens:
             return True
         if self._may_read:
@@ -390,7 +390,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         """One token for every live branch."""
-        decoder = self.models.decoder
+        decoder = self._models.decoder
         while decoder.num_branches:
             try:
                 finished = decoder.step()

@@ -37,6 +37,7 @@ class Worker:
         """See the class."""
         self._scheduler: Scheduler | None = Scheduler(models, finish, self._wake, worker=self)
         self._max_queued = max_queued
+        self._uses_one_thread = models.embedder is None and are_small(models.runners)
         self._changed = threading.Condition()
         self._inbox: deque[Job] = deque()
         self._num_waiting = 0  # jobs that the scheduler has not let in
@@ -114,7 +115,7 @@ class Worker:
     def _work(self) -> None:
         scheduler = self._scheduler
         assert scheduler is not None
-        if scheduler.models.embedder is None and are_small(scheduler.models.runners):
+        if self._uses_one_thread:
             use_one_thread()
         while self._gather(scheduler):
             if self._is_stopping:

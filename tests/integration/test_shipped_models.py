@@ -76,24 +76,50 @@ def test_the_answer_of_a_right_solution_is_right(engine: ETSEngine) -> None:
         assert is_right_answer(result.problem, result.answer)
 
 
-def test_they_run_on_one_thread_and_leave_the_others_to_everyone_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def seen_threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """With how many threads the models of any engine compute."""
     seen: set[int] = set()
     tick = Scheduler.tick
     monkeypatch.setattr(Scheduler, "tick", lambda self: seen.add(torch.get_num_threads()) or tick(self))
-    with two_threads(), ETSEngine.from_pretrained("reference") as engine:
-        engine.search("Use 1, 2, 3 and 4 to make 24.", SearchConfig(width=2))
-        elsewhere: list[int] = []
+    return seen
+
+
+def test_they_run_on_one_thread_and_leave_the_others_to_everyone_else(seen_threads: set[int]) -> None:
+    elsewhere: list[int] = []
+    with two_threads(), ETSEngine.from_pretrained("reference") as one, ETSEngine.from_pretrained("reference") as two:
+        for future in [engine.submit("Use 1, 2, 3 and 4 to make 24.", SearchConfig(width=2)) for engine in (one, two)]:
+            future.result()
         asking = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
         asking.start()
         asking.join()
-        assert (seen, elsewhere, torch.get_num_threads()) == ({1}, [2], 2)
+        assert (seen_threads, elsewhere, torch.get_num_threads()) == ({1}, [2], 2)
 
 
-def test_threads_do_not_matter(engine: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "are_small", lambda runners: False)
+def test_no_search_is_lost_where_no_thread_can_be_started(
+    seen_threads: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "ets-threads":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with two_threads(), ETSEngine.from_pretrained("reference") as engine:
+        assert engine.submit("Use 1, 2, 3 and 4 to make 24.", SearchConfig(width=2)).result(timeout=30).text
+    assert seen_threads == {2}
+
+
+def test_threads_do_not_matter(engine: ETSEngine, seen_threads: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     problem, config = "Use 4, 6, 10 and 19 to make 16.", SearchConfig(width=4, seed=2)
-    with two_threads(), ETSEngine.from_pretrained("reference") as other:
-        assert engine.search(problem, config).text == other.search(problem, config).text
+    with two_threads():
+        one = engine.search(problem, config)
+        monkeypatch.setattr(worker, "are_small", lambda runners: False)
+        with ETSEngine.from_pretrained("reference") as other:
+            assert other.search(problem, config).text == one.text
+    assert seen_threads == {1, 2}
 
 
 @contextmanager

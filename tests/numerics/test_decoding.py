@@ -143,6 +143,41 @@ def test_stop_reasons() -> None:
         decoder.leaves.start([5] * 256, "search")
 
 
+class Bytes(Letters):
+    """Every eighth id is a line end and the first byte of a character that never ends."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return b"".join(b"\n\xe4" if i % 8 == 0 else bytes([60 + i]) for i in token_ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "rules"),
+    [
+        pytest.param(Letters(), StopRules(("A",), openers=("A",)), id="carried text ends the next step"),
+        pytest.param(Bytes(), StopRules(("\n",)), id="half a character withholds a line end"),
+        pytest.param(Letters(), StopRules(("AB", "\n"), frozenset([2]), 20, ("K", "BC")), id="all kinds"),
+    ],
+)
+def test_the_look_at_single_tokens_overlooks_no_end(
+    tokenizer: Letters, rules: StopRules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_for("llama")
+    decoder = StepDecoder(decoder.runner, tokenizer)
+
+    def decode() -> list[tuple[object, ...]]:
+        found, parents = [], [decoder.leaves.start(PROMPT, "search")] * 40
+        for depth in range(3):
+            decoder.submit([Branch(one, 100 * depth + place, 7, PLAIN, rules, 60) for place, one in enumerate(parents)])
+            steps = sorted(decoder.run(), key=lambda step: step.branch.node)
+            found += [(step.stop, step.token_ids, step.text, step.leaf.carry) for step in steps]
+            parents = [step.leaf for step in steps if step.stop is StopReason.BOUNDARY]
+        return found
+
+    quickly = decode()
+    monkeypatch.setattr(decoder._stops, "quiet_tokens", lambda rules: None)
+    assert quickly == decode() and len({len(tokens) for _, tokens, *_ in quickly}) > 3
+
+
 def test_a_full_pool_loses_no_branch_and_no_page() -> None:
     decoder = decoder_for("llama", kv_pool_tokens=64)
     tree = decoder.runner.tree

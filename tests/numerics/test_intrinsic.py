@@ -168,7 +168,7 @@ def test_only_the_searches_that_ask_are_measured(engine: ETSEngine, monkeypatch:
 
     scheduler = engine._worker._scheduler
     assert scheduler is not None
-    decoder = scheduler.models.decoder
+    decoder = scheduler._models.decoder
     monkeypatch.setattr("ets_engine.runtime.decoder.certainties", note)
     given = [SelfCertainty(), LogProb(), SelfCertainty()]
     futures = [engine.submit(problem, settings(), verifier=one) for problem, one in zip(PROBLEMS, given, strict=False)]

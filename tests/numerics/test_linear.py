@@ -52,6 +52,24 @@ def test_faster_layers_err_no_more(
             assert error <= 1.5 * plain_error + 1e-6
 
 
+@x86
+@torch.inference_mode()
+def test_a_compiler_sees_the_plain_layer() -> None:
+    """It has no product over weights that are laid out, and fails on one."""
+    layer = torch.nn.Linear(512, 512)
+    inputs = torch.randn(8, 512)
+    plain = layer(inputs)
+    assert speed_up_linears(layer) == 1
+    seen: list[str] = []
+
+    def look(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append(module.code)
+        return module
+
+    compiled = torch.compile(layer, backend=look)
+    assert torch.equal(compiled(inputs), plain) and len(seen) == 1 and "mkldnn" not in seen[0]
+
+
 def test_what_cannot_be_faster_stays_as_it_is() -> None:
     class Own(torch.nn.Linear):
         """Computes something else."""

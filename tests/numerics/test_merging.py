@@ -508,12 +508,12 @@ def check_same(found: SearchResult, expected: SearchResult) -> None:
 def check_nothing_is_left(engine: ETSEngine) -> None:
     scheduler = engine._worker._scheduler
     assert scheduler is not None
-    for runner in scheduler.models.runners:
+    for runner in scheduler._models.runners:
         runner.tree.check_integrity()
         while runner.prefixes.forget_one():
             pass
         assert (runner.tree.resident_tokens, len(runner.tree)) == (0, 0)
-    assert scheduler.models.decoder.num_branches == 0
+    assert scheduler._models.decoder.num_branches == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 0.6])
@@ -566,7 +566,7 @@ def test_equal_steps_share_again_after_a_drop(engine: ETSEngine, num_advanced: i
     """A greedy policy: all its branches are one, before and after its KV was dropped in or after the second round."""
     scheduler = engine._worker._scheduler
     assert scheduler is not None
-    decoder, format = scheduler.models.decoder, engine._format
+    decoder, format = scheduler._models.decoder, engine._format
     tree, found = decoder.runner.tree, []
     for drops in (False, True):
         policy = TreePolicy(decoder, format, PROBLEM, settings(temperature=0.0), "mine")
@@ -602,7 +602,7 @@ def test_equal_steps_below_other_steps_stay_apart_after_a_drop(engine: ETSEngine
     found = []
     for drops in (False, True):
         one_token = settings(max_step_tokens=1, temperature=0.7)
-        policy = TreePolicy(scheduler.models.decoder, engine._format, PROBLEM, one_token, "mine")
+        policy = TreePolicy(scheduler._models.decoder, engine._format, PROBLEM, one_token, "mine")
         policy.start()
         kept, rounds = [0], []
         for depth in range(4):
@@ -626,10 +626,10 @@ def test_steps_that_begin_alike_share_again_after_a_drop(engine: ETSEngine, seed
     """What a search holds after each round is the same whether its KV was dropped before it or not."""
     scheduler = engine._worker._scheduler
     assert scheduler is not None
-    tree, held = scheduler.models.decoder.runner.tree, list[list[int]]()
+    tree, held = scheduler._models.decoder.runner.tree, list[list[int]]()
     for drops in (False, True):
         policy = TreePolicy(
-            scheduler.models.decoder, engine._format, PROBLEM, settings(temperature=0.4, seed=seed), "mine"
+            scheduler._models.decoder, engine._format, PROBLEM, settings(temperature=0.4, seed=seed), "mine"
         )
         policy.start()
         kept, tokens = [0], list[int]()

@@ -56,7 +56,7 @@ def everything_but_time(result: SearchResult) -> dict[str, Any]:
 
 def models(engine: ETSEngine) -> Models:
     assert engine._worker._scheduler is not None
-    return engine._worker._scheduler.models
+    return engine._worker._scheduler._models
 
 
 def runners(engine: ETSEngine) -> tuple[Runner, ...]:

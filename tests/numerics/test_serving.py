@@ -66,13 +66,13 @@ def settle(engine: ETSEngine) -> None:
     while (own.num_jobs or engine._worker._inbox) and time.monotonic() < until_s:
         time.sleep(0.001)
     assert (own._live, list(own._waiting), own._parked, own._couriers) == ({}, [], [], {})
-    for runner in own.models.runners:
+    for runner in own._models.runners:
         runner.tree.check_integrity()
         runner.prefixes.check_integrity()
         while runner.prefixes.forget_one():
             pass
         assert (runner.tree.resident_tokens, len(runner.tree)) == (0, 0)
-    assert (own.models.decoder.num_branches, len(own.models.decoder.usages)) == (0, 0)
+    assert (own._models.decoder.num_branches, len(own._models.decoder.usages)) == (0, 0)
 
 
 class Essence:
@@ -118,7 +118,7 @@ def test_searches_of_all_kinds_share_batches_and_each_is_as_if_alone(
     extend, step = Runner.extend_last, StepDecoder.step
 
     def noting_extend(self: Runner, batch: Any) -> Any:
-        is_policy = self is scheduler(engine).models.decoder.runner
+        is_policy = self is scheduler(engine)._models.decoder.runner
         rows["decode" if is_policy else "score"].append(len(batch))
         return extend(self, batch)
 
@@ -228,7 +228,7 @@ def test_remembered_prompts_make_room(folders: tuple[str, str]) -> None:
     small = make(folders, kv_pool_tokens=96)
     for problem in PROBLEMS:
         assert small.search(problem, settings(width=2)).num_errors == 0
-    assert scheduler(small).models.decoder.runner.prefixes.num_tokens > 12
+    assert scheduler(small)._models.decoder.runner.prefixes.num_tokens > 12
     settle(small)
     small.close()
 
@@ -243,7 +243,7 @@ def test_a_long_prompt_is_read_between_the_decode_steps_of_others(
     extend = Runner.extend_last
 
     def noting_extend(self: Runner, rows: Any) -> Any:
-        if self is scheduler(engine).models.decoder.runner:
+        if self is scheduler(engine)._models.decoder.runner:
             passes.append((len(rows), max(len(ids) for _, ids in rows)))
         return extend(self, rows)
 
@@ -278,7 +278,7 @@ def test_a_device_out_of_memory_is_a_full_pool(engine: ETSEngine, monkeypatch: p
 
 def test_the_pool_takes_its_share_of_free_memory(folders: tuple[str, str]) -> None:
     small, large = make(folders, kv_memory_fraction=0.01), make(folders, kv_memory_fraction=0.2)
-    pools = [scheduler(one).models.decoder.runner.tree.pool.max_pages for one in (small, large)]
+    pools = [scheduler(one)._models.decoder.runner.tree.pool.max_pages for one in (small, large)]
     assert pools[0] and pools[1] and 10 < pools[1] / pools[0] < 30
 
 
@@ -425,7 +425,7 @@ def test_a_failing_forward_pass_ends_its_searches_and_not_the_engine(
 
 def test_a_failing_score_leaves_no_kv_behind(engine: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Runner, hidden: Any) -> Any:
-        if self is scheduler(engine).models.runners[1]:
+        if self is scheduler(engine)._models.runners[1]:
             raise RuntimeError("the PRM fell over")
         return logits(self, hidden)
 

@@ -4,13 +4,14 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ets_engine.attention.reference import visible_slots
-from ets_engine.attention.work import ALIGN, WorkList, bucket, plan_work
+from ets_engine.attention.work import ALIGN, WorkList, bucket, plan_pieces, plan_work
 from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree, Row, TreeLayout
 
 
@@ -139,6 +140,21 @@ def test_a_prompt_goes_to_tall_tiles_where_they_save_enough_reading() -> None:
         for least in (0, 3000, 3001)
     ]
     assert heights == [[128, 16], [128, 16], [16]]
+
+
+def test_what_is_saved_is_counted_in_full() -> None:
+    """(16,384 - 1) x 262,144 slots that low tiles would read again: more than 32 bits hold with their sign."""
+    length, queries = 1 << 18, 1 << 16
+    who = np.arange(queries)
+    pieces = np.zeros(length), np.array([queries]), who, np.zeros(queries), np.full(queries, length)
+    work = plan_pieces(pieces, 4, tiles_wanted=16, min_saved=18_432)
+    assert [part.height for part in work.parts] == [128]
+
+
+def test_tiles_of_one_height_are_one_launch() -> None:
+    tree, leaves = chain(200, 64)
+    work = plan_work(decode(tree, leaves, LayoutBuilder(tree)), group=4, tiles_wanted=16, heights=(16,))
+    assert [part.height for part in work.parts] == [16]
 
 
 def test_each_height_is_cut_for_the_tiles_of_it_that_run_at_once() -> None:
