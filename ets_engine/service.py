@@ -20,8 +20,9 @@ from ets_engine.models.formats import encode
 from ets_engine.models.presets import check_preset, find_preset
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, check_options
 from ets_engine.reference import REFERENCE, check_domain, policy_path
-from ets_engine.runtime import Runner, StepDecoder, load_causal_lm
+from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, resolve_device
 from ets_engine.runtime.kv_memory import reserve_kv
+from ets_engine.runtime.threads import run_apart
 from ets_engine.scorers import EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import SearchTree, needs_scores
 from ets_engine.serving import Job, Models, Worker, in_callback
@@ -162,26 +163,30 @@ class ETSEngine:
         intrinsic = None if verifier is None else find_intrinsic(verifier)
         if verifier is None or intrinsic is not None:
             config.refuse_prm_settings("what each search brings" if verifier is None else repr(verifier))
-        embedder = None if config.embedder is None else SentenceEmbedder.from_pretrained(config.embedder, config)
-        loaded, tokenizer = load_causal_lm(policy_path() if own else model, config)
-        if isinstance(intrinsic, Probe):
-            intrinsic.check_width(loaded.config.get_text_config(decoder=True).hidden_size)
-        ended = _eos_ids(loaded.generation_config.eos_token_id, tokenizer.eos_token_id)
-        policy = Runner(loaded, config, verify=not own, reserve=False)
-        shape = PolicyFormat.of(tokenizer, ended, preset or find_preset(config.preset, model, tokenizer))
-        judge: tuple[Runner, PrmFormat] | None = None
-        if verifier is not None and intrinsic is None:
-            judge = load_prm(verifier, config, reserve=False)
-        reserve_kv({policy: 1.0} if judge is None else {policy: 1.0, judge[0]: PRM_KV_TOKENS}, config)
-        return cls(
-            policy,
-            shape,
-            intrinsic or judge,
-            embedder=embedder,
-            read_problem=check_domain if own else None,
-            key=key,
-            max_queued_searches=config.max_queued_searches,
-        )
+
+        def load() -> ETSEngine:
+            embedder = None if config.embedder is None else SentenceEmbedder.from_pretrained(config.embedder, config)
+            loaded, tokenizer = load_causal_lm(policy_path() if own else model, config)
+            if isinstance(intrinsic, Probe):
+                intrinsic.check_width(loaded.config.get_text_config(decoder=True).hidden_size)
+            ended = _eos_ids(loaded.generation_config.eos_token_id, tokenizer.eos_token_id)
+            policy = Runner(loaded, config, verify=not own, reserve=False)
+            shape = PolicyFormat.of(tokenizer, ended, preset or find_preset(config.preset, model, tokenizer))
+            judge: tuple[Runner, PrmFormat] | None = None
+            if verifier is not None and intrinsic is None:
+                judge = load_prm(verifier, config, reserve=False)
+            reserve_kv({policy: 1.0} if judge is None else {policy: 1.0, judge[0]: PRM_KV_TOKENS}, config)
+            return cls(
+                policy,
+                shape,
+                intrinsic or judge,
+                embedder=embedder,
+                read_problem=check_domain if own else None,
+                key=key,
+                max_queued_searches=config.max_queued_searches,
+            )
+
+        return run_apart(load) if resolve_device(config).type == "cpu" else load()
 
     def submit(
         self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]

@@ -22,6 +22,7 @@ from ets_engine.evaluation.same_cost import same_cost_methods
 from ets_engine.evaluation.summary import summarise
 from ets_engine.evaluation.tree_page import write_trace
 from ets_engine.reference import REFERENCE, policy_path, prm_path
+from ets_engine.runtime.threads import run_apart
 from ets_engine.services import open_engine
 from ets_engine.types import SearchResult
 
@@ -164,7 +165,7 @@ def _settings(plan: Plan) -> Settings:
         device=device,
         dtype=dtype,
         machine=provenance(device),
-        copy_gb_s=round(copy_gb_s(device), 1),
+        copy_gb_s=round(run_apart(lambda: copy_gb_s(device)), 1),
     )
 
 

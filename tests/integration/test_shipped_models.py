@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig
+from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig, service
 from ets_engine.reference import generate_problems, is_right_answer, is_solved, policy_path, prm_path
 from ets_engine.serving import worker
 from ets_engine.serving.scheduler import Scheduler
@@ -94,6 +94,14 @@ def test_they_run_on_one_thread_and_leave_the_others_to_everyone_else(seen_threa
         asking.start()
         asking.join()
         assert (seen_threads, elsewhere, torch.get_num_threads()) == ({1}, [2], 2)
+
+
+def test_the_thread_that_loads_them_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading: list[threading.Thread] = []
+    load = service.load_causal_lm
+    monkeypatch.setattr(service, "load_causal_lm", lambda *a: loading.append(threading.current_thread()) or load(*a))
+    with ETSEngine.from_pretrained("reference"):
+        assert loading[0] is not threading.current_thread() and not loading[0].is_alive()
 
 
 def test_no_search_is_lost_where_no_thread_can_be_started(
