@@ -35,6 +35,7 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -302,6 +303,8 @@ def bench(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> dict
     }
     if options.sides:
         row |= play_alone(options, asked, runner, plain, shape, speed)
+    if (vllm := sys.modules.get("vllm")) is not None:
+        row["vllm"] = vllm.__version__
     del plain  # where the runner has joined layers, theirs are separate weights, and pools are large
     if options.pools and runner is not None:
         row |= play_pools(options, runner, shape)
