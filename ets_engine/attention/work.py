@@ -148,7 +148,8 @@ def plan_work(
         ([[0, 0, 4, 0], [1, 0, 4, 2], [0, 4, 5, 1], [1, 5, 6, 3]], [[0, 0, 2, 0], [1, 2, 4, 0]])
     """
     return plan_pieces(
-        *(flatten(layout), group),
+        flatten(layout),
+        group,
         tiles_wanted=tiles_wanted,
         heights=heights,
         min_chunk=min_chunk,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -36,6 +36,11 @@ def engine_settings(device: str, preset: str, verifier_format: str, step_separat
     separator = None if step_separator is None else step_separator.replace("\\n", "\n")
     named: dict[str, Any] = {"preset": preset, "verifier_format": verifier_format}
     return EngineConfig(device=device, step_separator=separator, **named)
+
+
+StepSeparator = Annotated[
+    str | None, option("TEXT", "Ends a step for a PRM of format trl or skywork; \\n is a line end.", default="\\n")
+]
 
 
 def quiet_libraries(*, is_terminal: bool) -> None:

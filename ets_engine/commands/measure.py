@@ -12,6 +12,7 @@ from ets_engine.commands.common import (
     COVERING,
     EXIT_FAILURE,
     PRICED,
+    StepSeparator,
     engine_settings,
     fail,
     one_line_errors,
@@ -44,10 +45,7 @@ def bench(
     verifier_format: Annotated[
         str, option("NAME", "What the PRM reads, see `ets models`.", default="as the PRM shows")
     ] = "auto",
-    step_separator: Annotated[
-        str | None,
-        option("TEXT", "Ends a step for a PRM of format trl or skywork; \\n is a line end.", default="\\n"),
-    ] = None,
+    step_separator: StepSeparator = None,
     device: Annotated[str, option("NAME", "Where the models run.", default="cuda where there is one")] = "auto",
     strategies: Annotated[
         str,

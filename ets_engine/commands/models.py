@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ets_engine.commands.common import EXIT_FAILURE, engine_settings, fail, one_line_errors, option, quiet_libraries
+from ets_engine.commands.common import (
+    EXIT_FAILURE,
+    StepSeparator,
+    engine_settings,
+    fail,
+    one_line_errors,
+    option,
+    quiet_libraries,
+)
 from ets_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,10 +76,7 @@ def check(
         str, option("NAME", "Prompt, step boundaries and answers.", default="as the model shows")
     ] = "auto",
     verifier_format: Annotated[str, option("NAME", "What the PRM reads.", default="as the model shows")] = "auto",
-    step_separator: Annotated[
-        str | None,
-        option("TEXT", "Ends a step for a PRM of format trl or skywork; \\n is a line end.", default="\\n"),
-    ] = None,
+    step_separator: StepSeparator = None,
     problem: Annotated[
         str | None, option("TEXT", "What the trial search solves.", default="a sum, or one the shipped models know")
     ] = None,

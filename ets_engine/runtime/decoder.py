@@ -22,7 +22,7 @@ from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.runtime.branches import Branch, FinishedBranch, Leaf
 from ets_engine.runtime.leaves import Leaves
 from ets_engine.runtime.runner import Runner
-from ets_engine.runtime.sampler import certainties, check_drawn, draw, uniforms
+from ets_engine.runtime.sampler import SamplingParams, certainties, check_drawn, draw, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
 from ets_engine.runtime.transfer import Readback, upload
 from ets_engine.runtime.usage import Usages
@@ -334,13 +334,17 @@ class StepDecoder:
             [row.first.parent.path_tokens + len(row.tokens) for row in self._rows for _ in row.members],
         )
         kinds: dict[tuple[int, int], int] = {}  # the distributions that tokens are drawn from
-        drawn_from = [
-            kinds.setdefault((row.state, id(one.branch.sampling)), len(kinds))
-            for row in self._rows
-            for one in row.members
-        ]
-        sampling = {id(one.branch.sampling): one.branch.sampling for one in live}
-        places, params = [state for state, _ in kinds], [sampling[kind] for _, kind in kinds]
+        places: list[int] = []  # of each, among the states
+        params: list[SamplingParams] = []
+        drawn_from: list[int] = []
+        for row in self._rows:
+            for one in row.members:
+                sampling = one.branch.sampling
+                kind = kinds.setdefault((row.state, id(sampling)), len(kinds))
+                if kind == len(places):
+                    places.append(row.state)
+                    params.append(sampling)
+                drawn_from.append(kind)
         asked = [place for place, one in enumerate(live) if one.branch.needs_certainty]
         if self.runner.uses_graphs and not asked:
             places, params = [places[kind] for kind in drawn_from], [one.branch.sampling for one in live]

@@ -27,7 +27,7 @@ def run_apart(work: Callable[[], T]) -> T:
     OpenMP gives each thread that computes a team of threads, and keeps it as long as that thread lives. Once all teams
     together outnumber the cores, GNU's lets those that wait sleep at once, and every operation of the engine's thread
     has to wake some: on two cores, decode passes of 16 rows through 143 million parameters took 71 and 81 ms after the
-    model had been loaded in the main thread, 62 and 64 ms after it had been loaded here.
+    model had been loaded in the main thread, 62 and 64 ms after it had been loaded here (two runs, no bench kept).
 
     Example:
         >>> run_apart(lambda: 1 + 1)
@@ -45,9 +45,10 @@ def are_small(runners: Sequence[Runner]) -> bool:
     """Whether these models, on a CPU, have fewer parameters each than are worth a second thread.
 
     Waking threads takes longer than most operations on such a model: on two cores a search of width 16 on the shipped
-    models (3.2 million parameters each) takes 0.85 to 1.0 s with two threads and 0.45 to 0.49 s with one, 32 of them
-    together 0.27 to 0.34 and 0.21 to 0.23 s each. Where the bound lies between these and 190 million, which two threads
-    do decode faster, has not been measured.
+    models (3.2 million parameters each) took 0.85 to 1.0 s with two threads and 0.45 to 0.66 s with one, 32 of them
+    together 0.27 to 0.34 and 0.19 to 0.27 s each (`cookbook/bench_serving.py --widths 16 --threads 2` and `1`, at commit
+    f6ec125, before this was decided here). Where the bound lies between these and 143 million, which two threads do
+    decode faster, has not been measured.
     """
     return all(one.device.type == "cpu" and one.num_parameters < SMALL_PARAMETERS for one in runners)
 
