@@ -46,7 +46,7 @@ def are_small(runners: Sequence[Runner]) -> bool:
 
     Waking threads takes longer than most operations on such a model: on two cores a search of width 16 on the shipped
     models (3.2 million parameters each) took 0.85 to 1.0 s with two threads and 0.45 to 0.66 s with one, 32 of them
-    together 0.27 to 0.34 and 0.19 to 0.27 s each (`cookbook/bench_serving.py --widths 16 --threads 2` and `1`, at commit
+    together 0.27 to 0.34 and 0.19 to 0.27 s each (`bench_serving.py --widths 16 --threads 2` and `1`, at commit
     f6ec125, before this was decided here). Where the bound lies between these and 143 million, which two threads do
     decode faster, has not been measured.
     """
