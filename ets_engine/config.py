@@ -140,6 +140,9 @@ class EngineConfig(Config):
             every size that a GPU does in less time than its host needs to launch it.
         compile_layers: Whether decoder layers go through torch.compile: the first passes take tens of seconds, later
             ones less than without.
+        processes: How many processes search, this one included, each with the same models and KV pools of its own. On a
+            CPU, one per core multiplies what small models search together; a model whose passes keep all cores busy
+            gains nothing. They are started by `ETSEngine.from_pretrained`, and end with the engine.
         max_queued_searches: Most searches that wait for room in the KV pools; one more is refused.
         trust_remote_code: Whether a checkpoint may run code of its own.
         preset: Prompt, step boundary and answer pattern of the policy: a name that `ets models` lists, "auto" = as the
@@ -162,6 +165,7 @@ class EngineConfig(Config):
     prefix_cache_tokens: int = Field(default=16384, ge=0)
     cuda_graphs: bool | Literal["auto"] = "auto"
     compile_layers: bool = False
+    processes: int = Field(default=1, ge=1, le=256)
     max_queued_searches: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False
     preset: str = "auto"

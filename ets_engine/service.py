@@ -12,21 +12,23 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
 from typing import Unpack
 
-from ets_engine.config import REMOTE, EngineConfig, SearchConfig
+from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, EngineError
+from ets_engine.loading import load_models
 from ets_engine.messages import Prompt, last_user_text, problem_text, to_messages
-from ets_engine.models import PolicyFormat, Preset, PrmFormat, Probe, SentenceEmbedder, find_intrinsic, load_prm
+from ets_engine.models import PolicyFormat, Preset, PrmFormat, Probe
 from ets_engine.models.formats import encode
-from ets_engine.models.presets import check_preset, find_preset
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, check_options
-from ets_engine.reference import REFERENCE, check_domain, policy_path
-from ets_engine.runtime import Runner, StepDecoder, load_causal_lm, resolve_device
-from ets_engine.runtime.kv_memory import reserve_kv
-from ets_engine.runtime.threads import run_apart
+from ets_engine.reference import REFERENCE, check_domain
+from ets_engine.runtime import Runner, StepDecoder, resolve_device
+from ets_engine.runtime.threads import share_threads
 from ets_engine.scorers import EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import SearchTree, needs_scores
 from ets_engine.serving import Job, Models, Worker, in_callback
-from ets_engine.serving.result import finish_job
+from ets_engine.serving.crew import Crew
+from ets_engine.serving.helper import Helper
+from ets_engine.serving.messages import Order
+from ets_engine.serving.result import measure_job
 from ets_engine.types import EngineDescription, EngineStats, ModelDescription, SearchResult
 
 Key = tuple[str, str | None, EngineConfig]
@@ -34,11 +36,6 @@ Key = tuple[str, str | None, EngineConfig]
 
 # Settings of an engine that decide answers, so that its name says them.
 _DECIDING = "dtype preset verifier_format step_separator embedder load_options verifier_load_options".split()
-_SERVED = (REMOTE, "judge:", "pooling:")  # what verifiers behind servers begin with
-# KV tokens that a search holds in the PRM for each one in the policy: the policy's branches share what they have in
-# common token by token, the PRM's only whole equal steps. Peak against peak on the shipped models: 1.07 to 1.14 for ETS
-# on countdowns at widths 16 and 256 and on stories at 64, 1.02 to 1.21 over all methods.
-PRM_KV_TOKENS = 1.1
 _IN_FLIGHT = 256  # searches of one `search_many` that are submitted at a time
 
 _registry: weakref.WeakValueDictionary[Key, ETSEngine] = weakref.WeakValueDictionary()
@@ -62,6 +59,10 @@ class ETSEngine:
         read_problem: Gives a problem as the models know it, and raises for one that they do not know.
         key: What `get_engine` makes it from again, None = it cannot be pickled.
         max_queued_searches: As in `EngineConfig`.
+        helpers: Processes that load the same models, which take part of the searches; the engine ends them.
+
+    Raises:
+        ETSError: A helper could not load its models.
 
     Attributes:
         num_parameters: Of the policy and of the PRM (counts).
@@ -84,6 +85,7 @@ class ETSEngine:
         read_problem: Callable[[str], str] | None = None,
         key: Key | None = None,
         max_queued_searches: int = 4096,
+        helpers: Sequence[Helper] = (),
     ) -> None:
         """See the class."""
         self._format = policy_format
@@ -97,14 +99,14 @@ class ETSEngine:
         self._own = verifier if isinstance(verifier, EvidenceScorer) else None
         prm = None if isinstance(verifier, EvidenceScorer) else verifier
         self._has_verifier = verifier is not None
-        policy_bytes = policy.bytes_per_token
-        verifier_bytes = prm[0].bytes_per_token if prm else 0
+        models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, prm, embedder)
+        num_threads = share_threads(models.runners, 1 + len(helpers)) if embedder is None or helpers else None
 
         def finish(job: Job, tree: SearchTree) -> SearchResult:
-            return finish_job(job, tree, policy_bytes, verifier_bytes)
+            return measure_job(job, tree, models).to_result(job)
 
-        models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, prm, embedder)
-        self._worker = Worker(models, finish, max_queued_searches)
+        self._worker = Worker(models, finish, max_queued_searches, num_threads)
+        self._crew = Crew(self._worker, helpers, self._own, max_queued_searches)
         self.num_parameters = policy.num_parameters, prm[0].num_parameters if prm else 0
         names = (None, None) if key is None else (key[0], key[1] or (prm and REFERENCE))
         own = "embedder" if embedder else "the policy's own hidden states"
@@ -114,7 +116,7 @@ class ETSEngine:
             verifier_name=names[1] or (prm and prm[1].name) or getattr(self._own, "id", None),
             embedder=own if key is None or key[2].embedder is None else key[2].embedder,
         )
-        weakref.finalize(self, self._worker.close, wait=False).atexit = False
+        weakref.finalize(self, self._crew.close, wait=False).atexit = False
 
     @classmethod
     def from_pretrained(
@@ -143,50 +145,26 @@ class ETSEngine:
                 or a probe was trained on a policy of another width.
         """
         config = config or EngineConfig()
-        if preset is not None and config.preset != "auto":
-            raise ConfigError(f"preset={preset.name!r} and EngineConfig.preset={config.preset!r}: give one of them")
-        check_preset(config.preset)
-        key = (model, verifier, config) if preset is None else None
-        own = model == REFERENCE
-        if verifier is None and own:
-            verifier = REFERENCE
-        if verifier == REFERENCE and not own:
-            raise ConfigError(
-                f"verifier={verifier!r} only knows the problems of model='reference', not {model!r}'s; pass a PRM, or "
-                "a function to search(..., verifier=function)"
-            )
-        if verifier is not None and verifier.startswith(_SERVED):
-            raise ConfigError(
-                f"verifier={verifier!r} goes with a policy behind a server, model='openai:...'; here pass a PRM, "
-                "logprob, or to search(..., verifier=) a JudgeVerifier or PoolingVerifier of ets_engine.remote"
-            )
-        intrinsic = None if verifier is None else find_intrinsic(verifier)
-        if verifier is None or intrinsic is not None:
-            config.refuse_prm_settings("what each search brings" if verifier is None else repr(verifier))
-
-        def load() -> ETSEngine:
-            embedder = None if config.embedder is None else SentenceEmbedder.from_pretrained(config.embedder, config)
-            loaded, tokenizer = load_causal_lm(policy_path() if own else model, config)
-            if isinstance(intrinsic, Probe):
-                intrinsic.check_width(loaded.config.get_text_config(decoder=True).hidden_size)
-            ended = _eos_ids(loaded.generation_config.eos_token_id, tokenizer.eos_token_id)
-            policy = Runner(loaded, config, verify=not own, reserve=False)
-            shape = PolicyFormat.of(tokenizer, ended, preset or find_preset(config.preset, model, tokenizer))
-            judge: tuple[Runner, PrmFormat] | None = None
-            if verifier is not None and intrinsic is None:
-                judge = load_prm(verifier, config, reserve=False)
-            reserve_kv({policy: 1.0} if judge is None else {policy: 1.0, judge[0]: PRM_KV_TOKENS}, config)
+        own = config.model_copy(
+            update={"processes": 1, "kv_memory_fraction": config.kv_memory_fraction / config.processes}
+        )
+        helpers = _start_helpers(Order(model, verifier, own, config.processes), preset)
+        try:
+            loaded = load_models(model, verifier, own, preset)
             return cls(
-                policy,
-                shape,
-                intrinsic or judge,
-                embedder=embedder,
-                read_problem=check_domain if own else None,
-                key=key,
+                loaded.policy,
+                loaded.format,
+                loaded.verifier,
+                embedder=loaded.embedder,
+                read_problem=check_domain if model == REFERENCE else None,
+                key=(model, verifier, config) if preset is None else None,
                 max_queued_searches=config.max_queued_searches,
+                helpers=helpers,
             )
-
-        return run_apart(load) if resolve_device(config).type == "cpu" else load()
+        except BaseException:
+            for helper in helpers:
+                helper.kill()
+            raise
 
     def submit(
         self, problem: Prompt, config: SearchConfig | None = None, **options: Unpack[SearchOptions]
@@ -212,7 +190,7 @@ class ETSEngine:
             QueueFullError: Too many searches wait already.
         """
         job = self._make_job(problem, config or SearchConfig(), options)
-        self._worker.submit(job)
+        self._crew.submit(job)
         return job.future
 
     def _make_job(self, prompt: Prompt, config: SearchConfig, options: SearchOptions) -> Job:
@@ -242,7 +220,7 @@ class ETSEngine:
             view=options.get("view") or self._view or self._format.view(messages),
             on_event=options.get("on_event"),
             cancel=options.get("cancel"),
-            read_step=self._format.reader(options.get("read_step")),
+            read_step=options.get("read_step"),
             tools=copy.deepcopy(tuple(options.get("tools") or ())),
         )
 
@@ -342,7 +320,7 @@ class ETSEngine:
         Raises:
             EngineClosedError: It was closed.
         """
-        return self._worker.stats()
+        return self._crew.stats()
 
     def close(self) -> None:
         """Give the models' memory back, after the searches submitted so far; later ones are refused.
@@ -352,7 +330,7 @@ class ETSEngine:
         """
         if in_callback() is self._worker:
             raise EngineError("a callback of a running search closed its engine; do that after the search")
-        self._worker.close()
+        self._crew.close()
 
     def __enter__(self) -> ETSEngine:
         """Nothing to do."""
@@ -402,9 +380,29 @@ def get_engine(model: str = REFERENCE, verifier: str | None = None, config: Engi
     key = (model, verifier, config or EngineConfig())
     with _registry_lock:
         engine = _registry.get(key)
-        if engine is None or engine._worker.is_closed:
+        if engine is None or engine._crew.is_closed:
             engine = _registry[key] = ETSEngine.from_pretrained(*key)
         return engine
+
+
+def _start_helpers(order: Order, preset: Preset | None) -> list[Helper]:
+    """Processes that load these models meanwhile.
+
+    Raises:
+        ConfigError: There can be none here.
+    """
+    if order.processes == 1:
+        return []
+    if preset is not None:
+        raise ConfigError(
+            f"processes={order.processes} and preset={preset.name!r}: other processes know presets by name only; take "
+            "one that `ets models` lists, or leave processes at 1"
+        )
+    if resolve_device(order.config).type != "cpu":
+        raise ConfigError(
+            f"processes={order.processes} is for device='cpu': on a GPU, searches share the passes of one process"
+        )
+    return [Helper(order) for _ in range(order.processes - 1)]
 
 
 def _name(model: str, verifier: str | None, config: EngineConfig) -> str:
@@ -439,8 +437,3 @@ class _Stop:
 
     def is_set(self) -> bool:
         return self.is_left or (self._cancel is not None and self._cancel.is_set())
-
-
-def _eos_ids(*found: int | list[int] | None) -> frozenset[int]:
-    """Every end-of-text id that the checkpoint names."""
-    return frozenset(i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids]))

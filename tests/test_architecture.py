@@ -2,7 +2,8 @@
 
     errors, types, config, messages, catalog; errors <- scorers <- protocols <- search <- results
     kv, attention (which do not know each other) <- runtime <- models
-    results, models <- serving; serving, answers, reference <- service <- services <- evaluation, ets_integrations
+    models, reference <- loading; results, models <- serving; loading, serving <- helper_process
+    loading, serving, answers <- service <- services <- evaluation, ets_integrations
     results, answers <- hosted <- remote <- services
     evaluation, terminal <- commands <- cli
 
@@ -46,8 +47,10 @@ ARROWS: dict[str, set[str]] = {
     "tool_calls": {"errors", "messages"},
     "models": BASE | {"messages", "protocols", "scorers", "kv", "attention", "runtime", "reference", "answers"},
     "serving": BASE | {"messages", "protocols", "scorers", "search", "results", "runtime", "models"},
+    "loading": BASE | {"protocols", "scorers", "runtime", "reference", "models"},
     "service": BASE
-    | {"messages", "protocols", "scorers", "search", "runtime", "reference", "answers", "models", "serving"},
+    | {"messages", "protocols", "scorers", "search", "runtime", "reference", "answers", "models", "loading", "serving"},
+    "helper_process": BASE | {"scorers", "search", "runtime", "models", "loading", "serving"},
     "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "registry", "search", "results", "answers"},
     "remote": BASE | {"messages", "protocols", "scorers", "search", "results", "models", "hosted"},
     "registry": BASE | {"protocols"},

@@ -53,20 +53,32 @@ def are_small(runners: Sequence[Runner]) -> bool:
     return all(one.device.type == "cpu" and one.num_parameters < SMALL_PARAMETERS for one in runners)
 
 
-def use_one_thread() -> None:
-    """Have torch compute with one thread in the calling thread, and with as many as before in all others.
+def share_threads(runners: Sequence[Runner], num_processes: int) -> int | None:
+    """Threads for the passes of one of several processes with these models (count), None = as many as torch has.
 
-    A thread that computes for the very first time while this is being set may be left with one as well.
+    Example:
+        >>> share_threads([], 1)
+        1
+    """
+    if are_small(runners):
+        return 1
+    return None if num_processes == 1 else max(1, torch.get_num_threads() // num_processes)
+
+
+def use_threads(count: int) -> None:
+    """Have torch compute with so many threads in the calling thread, and with as many as before in all others.
+
+    A thread that computes for the very first time while this is being set may be left with as many.
     """
     with _changing:
         usual = torch.get_num_threads()
-        if usual == 1:
+        if usual == count:
             return
-        torch.set_num_threads(1)  # here, and in threads that begin to compute later
+        torch.set_num_threads(count)  # here, and in threads that begin to compute later
         try:
             restore = threading.Thread(target=torch.set_num_threads, args=(usual,), name="ets-threads")
             restore.start()
             restore.join()
         except RuntimeError as error:  # no thread can be started
             torch.set_num_threads(usual)
-            _LOGGER.warning("small models run on %d threads, which is slower: %s", usual, error)
+            _LOGGER.warning("models run on %d threads instead of %d, which is slower: %s", usual, count, error)

@@ -20,7 +20,7 @@ from ets_engine.protocols import Cancel, OnEvent, Selector, StepView
 from ets_engine.results import EndedEarly
 from ets_engine.scorers import CallableVerifier, EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import Request, Score, SearchTree
-from ets_engine.types import SearchEvent, SearchResult
+from ets_engine.types import SearchEvent
 
 PENDING = object()
 MAX_EVENTS = 64  # undelivered; when a callback is slower than the search, events in between are left out
@@ -43,12 +43,12 @@ class Job:
         config: Width, limits, seed.
         selector: Of the caller's own, None = the one that `config` names.
         verifier: Of the caller's own, or one that reads what the policy computes; None = the engine's PRM.
-        view: How texts map to answers.
+        view: How texts map to answers, None where nobody asks for more than the outcome.
         on_event: Called with every depth's progress, in a thread of this job.
         cancel: Once set, the best so far is the result.
         tools: Functions that the policy may call.
-        read_step: What the PRM reads of a step's text, None = all of it.
-        future: Of the result.
+        read_step: What the PRM reads of a step's text, None = what the policy's preset says.
+        future: Of the result, or of the outcome where there is no view.
         began_s: When it was submitted (`time.perf_counter`).
         context: The submitter's context variables; its functions run in it.
         number: Submission order within the process; the youngest job has the largest.
@@ -68,12 +68,12 @@ class Job:
     config: SearchConfig
     selector: Selector | None
     verifier: Scorer | EvidenceScorer | EqualVerifier | None
-    view: StepView
+    view: StepView | None
     on_event: OnEvent | None
     cancel: Cancel | None
     tools: Sequence[Message] = ()
     read_step: Callable[[str], str] | None = None
-    future: Future[SearchResult] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     began_s: float = field(default_factory=time.perf_counter)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     number: int = field(default_factory=itertools.count().__next__)
@@ -153,8 +153,12 @@ class Courier:
         context = self._job.context.copy()
         threading.Thread(target=context.run, args=(ask,), name=f"ets-verifier-{self._job.number}", daemon=True).start()
 
-    def finish(self, outcome: SearchResult | BaseException) -> None:
-        """Complete the future, after all events were delivered; a callback's error comes before any outcome."""
+    def finish(self, outcome: object) -> None:
+        """Complete the future, after all events were delivered; a callback's error comes before any outcome.
+
+        Args:
+            outcome: What the future is to hold, or an exception that it is to raise.
+        """
 
         def resolve() -> None:
             final = self._job.error or outcome
@@ -164,7 +168,11 @@ class Courier:
                 else:
                     self._job.future.set_result(final)
 
-        self._run(resolve)
+        self.end(resolve)
+
+    def end(self, task: Callable[[], object]) -> None:
+        """Do a last thing, after all events were delivered."""
+        self._run(task)
         self._tasks.put(None)
 
     def _run(self, task: Callable[[], object]) -> None:

@@ -37,10 +37,10 @@ from ets_engine.search import (
     search,
 )
 from ets_engine.serving.job import PENDING, Courier, Job
-from ets_engine.types import EngineStats, SearchResult
+from ets_engine.types import EngineStats
 
-Finish = Callable[[Job, SearchTree], SearchResult]
-"""Turns a finished job into its result, while its models' usage can still be read."""
+Finish = Callable[[Job, SearchTree], object]
+"""Turns a finished job into what its future holds, while its models' usage can still be read."""
 
 STEP_TOKENS = 32  # a guess at a step's length, to decide how many searches are let in
 
@@ -240,8 +240,9 @@ class Scheduler:
             job.judge = CallableVerifier(verifier, job.problem)
         else:
             assert models.verifier is not None
+            read_step = models.format.reader(job.read_step)
             job.judge = PrmVerifier(
-                *models.verifier, job.prm_problem, job.number, job.read_step, merges=job.config.merge_branches
+                *models.verifier, job.prm_problem, job.number, read_step, merges=job.config.merge_branches
             )
         self._check_fit(job)
         job.searching = search(job.config, job.selector, clock=time.perf_counter)
@@ -349,9 +350,8 @@ class Scheduler:
 
     def _end(self, job: Job, outcome: SearchTree | BaseException) -> None:
         """Give back all that a search holds, and complete its future."""
-        found: SearchResult | BaseException
         try:
-            found = self._finish(job, outcome) if isinstance(outcome, SearchTree) else outcome
+            found: object = self._finish(job, outcome) if isinstance(outcome, SearchTree) else outcome
         except Exception as error:
             found = error
         for part in (job.policy, job.judge):

@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 
 from ets_engine.errors import EngineClosedError, EngineError, QueueFullError
-from ets_engine.runtime.threads import are_small, use_one_thread
+from ets_engine.runtime.threads import use_threads
 from ets_engine.serving.job import Job
 from ets_engine.serving.scheduler import Finish, Models, Scheduler
 from ets_engine.types import EngineStats
@@ -31,13 +31,14 @@ class Worker:
         models: What searches run on; only this thread uses them from now on.
         finish: Turns a finished job into its result, in this thread.
         max_queued: Most jobs that wait for room.
+        num_threads: Of torch, for its passes (count); None = as many as everywhere.
     """
 
-    def __init__(self, models: Models, finish: Finish, max_queued: int) -> None:
+    def __init__(self, models: Models, finish: Finish, max_queued: int, num_threads: int | None = None) -> None:
         """See the class."""
         self._scheduler: Scheduler | None = Scheduler(models, finish, self._wake, worker=self)
         self._max_queued = max_queued
-        self._uses_one_thread = models.embedder is None and are_small(models.runners)
+        self._num_threads = num_threads
         self._changed = threading.Condition()
         self._inbox: deque[Job] = deque()
         self._num_waiting = 0  # jobs that the scheduler has not let in
@@ -54,14 +55,9 @@ class Worker:
             EngineClosedError: The engine was closed, or this process is a fork of its own.
             QueueFullError: Too many jobs wait.
         """
-        if os.getpid() != self._pid:
-            raise EngineClosedError(
-                "this process was forked from the one that the engine lives in, and its thread stayed there; make "
-                "another engine here, or start processes by 'spawn'"
-            )
-        with self._changed:
-            if self._is_closing:
-                raise EngineClosedError("this engine was closed; make another with ETSEngine.from_pretrained")
+        self.check_open()
+        with self._changed:  # a lock that may be held for ever in a fork
+            self.check_open()
             if len(self._inbox) + self._num_waiting >= self._max_queued:
                 raise QueueFullError(
                     f"{self._max_queued} searches wait already (EngineConfig.max_queued_searches); try again later"
@@ -72,6 +68,29 @@ class Worker:
                 self._thread.start()
                 _started.add(self)
             self._changed.notify()
+
+    def check_open(self, *, is_closing: bool = False) -> None:
+        """Refuse to go on where no job is taken.
+
+        Args:
+            is_closing: Whether its owner takes none any more, whatever it does itself.
+
+        Raises:
+            EngineClosedError: As `submit`.
+        """
+        if os.getpid() != self._pid:
+            raise EngineClosedError(
+                "this process was forked from the one that the engine lives in, and its thread stayed there; make "
+                "another engine here, or start processes by 'spawn'"
+            )
+        if is_closing or self._is_closing:
+            raise EngineClosedError("this engine was closed; make another with ETSEngine.from_pretrained")
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that have not ended (count); from another thread, a picture that may be a moment old."""
+        scheduler = self._scheduler
+        return len(self._inbox) + (scheduler.num_jobs if scheduler else 0)
 
     def stop(self) -> None:
         """End every job with an error, and wait for the thread: the process is about to go."""
@@ -115,8 +134,8 @@ class Worker:
     def _work(self) -> None:
         scheduler = self._scheduler
         assert scheduler is not None
-        if self._uses_one_thread:
-            use_one_thread()
+        if self._num_threads is not None:
+            use_threads(self._num_threads)
         while self._gather(scheduler):
             if self._is_stopping:
                 scheduler.abandon(EngineClosedError("the process ended while this search ran"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig, service
+from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig
 from ets_engine.reference import generate_problems, is_right_answer, is_solved, policy_path, prm_path
-from ets_engine.serving import worker
+from ets_engine.runtime import threads
 from ets_engine.serving.scheduler import Scheduler
 
 SIZE_LIMIT_BYTES = 16_000_000
@@ -98,8 +98,8 @@ def test_they_run_on_one_thread_and_leave_the_others_to_everyone_else(seen_threa
 
 def test_the_thread_that_loads_them_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     loading: list[threading.Thread] = []
-    load = service.load_causal_lm
-    monkeypatch.setattr(service, "load_causal_lm", lambda *a: loading.append(threading.current_thread()) or load(*a))
+    load = loading.load_causal_lm
+    monkeypatch.setattr(loading, "load_causal_lm", lambda *a: loading.append(threading.current_thread()) or load(*a))
     with ETSEngine.from_pretrained("reference"):
         assert loading[0] is not threading.current_thread() and not loading[0].is_alive()
 
@@ -124,7 +124,7 @@ def test_threads_do_not_matter(engine: ETSEngine, seen_threads: set[int], monkey
     problem, config = "Use 4, 6, 10 and 19 to make 16.", SearchConfig(width=4, seed=2)
     with two_threads():
         one = engine.search(problem, config)
-        monkeypatch.setattr(worker, "are_small", lambda runners: False)
+        monkeypatch.setattr(threads, "are_small", lambda runners: False)
         with ETSEngine.from_pretrained("reference") as other:
             assert other.search(problem, config).text == one.text
     assert seen_threads == {1, 2}

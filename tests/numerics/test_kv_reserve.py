@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, PoolExhaustedError
 from ets_engine.kv import KVPool
+from ets_engine.loading import PRM_KV_TOKENS
 from ets_engine.models import load_prm
 from ets_engine.runtime import Runner, kv_memory
 from ets_engine.runtime.runner import CUDA_INITIAL_TOKENS
-from ets_engine.service import PRM_KV_TOKENS, ETSEngine
+from ets_engine.service import ETSEngine
 
 from .conftest import plain_logits, tiny_model
 from .test_graphs import decode_and_compare, wide_model

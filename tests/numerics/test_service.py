@@ -10,9 +10,9 @@ from typing import Any, get_args
 
 import pytest
 
+import ets_engine.loading
 import ets_engine.models.prm_loading
 import ets_engine.reference.shipped
-import ets_engine.service
 from ets_engine.config import EngineConfig, SearchConfig, Strategy
 from ets_engine.errors import (
     ConfigError,
@@ -471,7 +471,7 @@ def test_the_reference_engine_reads_its_own_problems_only(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiny models in the place of the shipped ones: what is around them is what is tested."""
-    monkeypatch.setattr(ets_engine.service, "policy_path", lambda: folders[0])
+    monkeypatch.setattr(ets_engine.loading, "policy_path", lambda: folders[0])
     monkeypatch.setattr(ets_engine.models.prm_loading, "prm_path", lambda: folders[1])
     reference = ETSEngine.from_pretrained(config=PAGES)
     problem = "Use 4, 6, 10 and 19 to make 16."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ets_engine.service
+import ets_engine.loading
 from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError, EngineError, ModelLoadError
 from ets_engine.kv.layout import TreeLayout
@@ -35,7 +35,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(ets_engine.service, "load_causal_lm", load)
+    monkeypatch.setattr(ets_engine.loading, "load_causal_lm", load)
 
 
 def save_probe(path: Path, width: int, weight: float = 1.0) -> str:

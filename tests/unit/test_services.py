@@ -223,6 +223,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "prefix_cache_tokens": (0, False),
     "cuda_graphs": (False, False),
     "compile_layers": (True, False),
+    "processes": (2, False),
     "max_queued_searches": (8, False),
     "trust_remote_code": (True, False),
     "preset": ("plain", True),
