@@ -1,7 +1,8 @@
 """Searches per second on the shipped models: alone, together, and through `transformers.generate`.
 
-One run measures, interleaved: one search after another; the same searches submitted at once; and the same search driven
-through `generate`, which reads every path anew for each step, with a PRM that reads every solution from its beginning.
+One run measures, interleaved: one search after another; the same searches submitted at once, to an engine of one
+process and to one with a process per core; and the same search driven through `generate`, which reads every path anew
+for each step, with a PRM that reads every solution from its beginning.
 Prints ratios and where the time goes, and appends a row to `results/bench_serving.jsonl`.
 
     python cookbook/bench_serving.py                          # width 16, 32 searches, and width 64; minutes
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -156,14 +158,27 @@ def tree_of(result: SearchResult) -> list[tuple[int, int, str]]:
     return [(node.id, node.parent, node.text) for node in result.trace]
 
 
+def same_trees(some: Sequence[SearchResult], others: Sequence[SearchResult]) -> float:
+    """Share of searches with the same tree, in [0, 1]."""
+    return statistics.mean(tree_of(one) == tree_of(other) for one, other in zip(some, others, strict=True))
+
+
 def bench(
-    engine: ETSEngine, problems: list[str], width: int, peer_problems: int, repeats: int, dtype: torch.dtype
+    engine: ETSEngine,
+    crew: ETSEngine,
+    problems: list[str],
+    width: int,
+    peer_problems: int,
+    repeats: int,
+    dtype: torch.dtype,
 ) -> dict[str, object]:
-    """One width: alone, together, by generate; interleaved."""
+    """One width: alone, together in one process and in several, by generate; interleaved."""
     by_generate = peer(dtype)
     beside: list[SearchResult] = []
+    spread: list[SearchResult] = []
     alone: list[tuple[float, float]] = []
     together: list[tuple[float, float]] = []
+    in_processes: list[float] = []
     theirs: list[tuple[float, float]] = []
     outside: list[float] = []
     results: list[SearchResult] = []
@@ -175,6 +190,7 @@ def bench(
         alone.append((wall_s, cpu_s))
         outside.append(1 - model_seconds(before, engine.stats()) / wall_s)
         together.append(timed(lambda config=config: beside.extend(engine.search_many(problems, config))))
+        in_processes.append(timed(lambda config=config: spread.extend(crew.search_many(problems, config)))[0])
         theirs.append(timed(lambda config=config: [by_generate(one, config) for one in problems[:peer_problems]]))
     for result in results:
         assert result.trace is not None
@@ -191,17 +207,18 @@ def bench(
         "searches": len(problems),
         "alone_s": [round(one, 4) for one in per_search],
         "together_s": [round(one / len(problems), 4) for one, _ in together],
+        "in_processes_s": [round(one / len(problems), 4) for one in in_processes],
         "generate_s": [round(one, 4) for one in peer_per_search],
         "speedup_over_generate": round(statistics.median(peer_per_search) / statistics.median(per_search), 2),
         "speedup_together": round(
             statistics.median(one for one, _ in alone) / statistics.median(one for one, _ in together), 2
         ),
+        "speedup_in_processes": round(statistics.median(one for one, _ in alone) / statistics.median(in_processes), 2),
         "cpu_speedup_together": round(
             statistics.median(one for _, one in alone) / statistics.median(one for _, one in together), 2
         ),
-        "same_tree_together": round(
-            statistics.mean(tree_of(one) == tree_of(other) for one, other in zip(results, beside, strict=True)), 3
-        ),
+        "same_tree_together": round(same_trees(results, beside), 3),
+        "same_tree_in_processes": round(same_trees(results, spread), 3),
         "outside_models": round(statistics.median(outside), 3),
         "prm_tokens_per_token": round(prm_tokens / produced, 3),
         "reread_tokens_per_token": round(reread / produced, 2),
@@ -217,24 +234,38 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all sides")
     parser.add_argument("--threads", type=int, default=1, help="of generate; the engine takes one for such models")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the engine with several")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rng = Random(f"serving/{options.seed}")
     problems = [draw(rng, "countdown", 4 + i % 3, held_out=True)[0].problem for i in range(options.searches)]
     rows = []
-    with ETSEngine.from_pretrained("reference", config=EngineConfig(dtype=options.dtype)) as engine:
-        engine.search_many(problems[:4], SearchConfig(width=4))
+    one = EngineConfig(dtype=options.dtype)
+    several = EngineConfig(dtype=options.dtype, processes=options.processes)
+    with (
+        ETSEngine.from_pretrained("reference", config=one) as engine,
+        ETSEngine.from_pretrained("reference", config=several) as crew,
+    ):
+        for warmed in (engine, crew):
+            warmed.search_many(problems[:4], SearchConfig(width=4))
         for width in options.widths:
             peers = min(options.peer_searches, len(problems))
-            row = bench(engine, problems, width, peers, options.repeats, getattr(torch, options.dtype))
-            row |= {"bench": "serving", "dtype": options.dtype, **provenance(), "seed": options.seed}
+            row = bench(engine, crew, problems, width, peers, options.repeats, getattr(torch, options.dtype))
+            row |= {
+                "bench": "serving",
+                "dtype": options.dtype,
+                "processes": options.processes,
+                **provenance(),
+                "seed": options.seed,
+            }
             rows.append(row)
             print(
                 f"width {width}: {row['speedup_over_generate']} x the searches per second of generate; "
                 f"{options.searches} together {row['speedup_together']} x one at a time "
                 f"({row['cpu_speedup_together']} x by CPU seconds), {row['same_tree_together']:.1%} of them with the "
-                f"same tree; {row['outside_models']:.0%} of a search is outside "
+                f"same tree, in {options.processes} processes {row['speedup_in_processes']} x, "
+                f"{row['same_tree_in_processes']:.1%}; {row['outside_models']:.0%} of a search is outside "
                 f"the models; the PRM reads {row['prm_tokens_per_token']} tokens per token, from scratch "
                 f"{row['reread_tokens_per_token']}",
                 flush=True,

@@ -25,17 +25,19 @@ def option(metavar: str, text: str, *, default: object = None) -> Any:
     return typer.Option(metavar=metavar, help=text + shown, show_default=False)
 
 
-def engine_settings(device: str, preset: str, verifier_format: str, step_separator: str | None) -> EngineConfig:
+def engine_settings(
+    device: str, preset: str, verifier_format: str, step_separator: str | None, processes: int = 1
+) -> EngineConfig:
     """Settings from the options that say which models run where.
 
     Raises:
-        ConfigError: There is no such preset or format.
+        ConfigError: There is no such preset or format, or the count is out of range.
     """
     from ets_engine.config import EngineConfig
 
     separator = None if step_separator is None else step_separator.replace("\\n", "\n")
     named: dict[str, Any] = {"preset": preset, "verifier_format": verifier_format}
-    return EngineConfig(device=device, step_separator=separator, **named)
+    return EngineConfig(device=device, step_separator=separator, processes=processes, **named)
 
 
 StepSeparator = Annotated[

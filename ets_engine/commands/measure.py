@@ -58,6 +58,9 @@ def bench(
     widths: Annotated[str, option("COUNTS", "Trajectories kept alive, comma-separated.", default="16")] = "16",
     seeds: Annotated[int, option("COUNT", "How often each problem is solved.", default=1)] = 1,
     concurrency: Annotated[int, option("COUNT", "Searches in flight while accuracy is measured.", default=16)] = 16,
+    processes: Annotated[
+        int, option("COUNT", "Processes that search, each with models of its own; on a CPU.", default=1)
+    ] = 1,
     latency_problems: Annotated[
         int, option("COUNT", "Problems searched again one at a time, for latency.", default=20)
     ] = 20,
@@ -103,7 +106,7 @@ def bench(
             out=out,
             model=model,
             verifier=verifier,
-            engine=engine_settings(device, preset, verifier_format, step_separator),
+            engine=engine_settings(device, preset, verifier_format, step_separator, processes),
             data=data,
             limit=limit,
             data_seed=data_seed,

@@ -21,6 +21,7 @@ from ets_engine.types import EngineStats, SearchEvent
 
 PROGRAM = "ets_engine.helper_process"
 POLL_S = 0.02  # how often cancellation is looked at while there are jobs
+IDLE_S = 1.0  # how often it is looked whether there are, if the first one's reception is not confirmed before
 END_S = 30.0  # how long a process that has nothing left to do may take to end
 
 _LOGGER = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class Helper:
         try:
             while True:
                 self._look_after_guests()
-                if self._connection.poll(POLL_S if self._guests else None):
+                if self._connection.poll(POLL_S if self._guests else IDLE_S):
                     self._hear(self._connection.recv())
         except (EOFError, OSError):
             pass
@@ -188,8 +189,8 @@ class Helper:
         match message:
             case Told(number, event):
                 if (guest := self._guests.get(number)) is not None:
-                    guest.told = event
                     guest.courier.tell(event)
+                    guest.told = event
             case Taken(number, is_taken=False):
                 if (guest := self._forget(number)) is not None:
                     self._return(guest)
