@@ -1,25 +1,24 @@
-"""One more process of an engine: searches what it is given over a socket; `python -m` of `serving/helper.py`."""
+"""One more process of an engine: searches what it is given over a socket; `serving/helper.py` starts it."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
-import sys
 import threading
 from concurrent.futures import Future
 from functools import partial
-from multiprocessing.connection import Connection
 
 from transformers.utils import logging
 
-from ets_engine.errors import EngineError
+from ets_engine.errors import EngineClosedError
 from ets_engine.loading import load_models
 from ets_engine.runtime import StepDecoder
-from ets_engine.runtime.threads import share_threads
 from ets_engine.scorers import EvidenceScorer
 from ets_engine.search import SearchTree
 from ets_engine.serving import Job, Models, Worker
-from ets_engine.serving.messages import Close, Done, Order, Ready, Stop, Take, Taken, Told, unpack
+from ets_engine.serving.channel import Channel
+from ets_engine.serving.messages import Close, Done, Order, Ready, Refused, Stop, Take, Told, portable, unpack
 from ets_engine.serving.result import Outcome, measure_job
 
 LOOK_S = 5.0  # how often it is looked at whether the engine's process is still there
@@ -31,17 +30,22 @@ def main(handle: int) -> None:
     Args:
         handle: File descriptor of the socket.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine's process decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes at once; the engine's says what they mean
+        signal.signal(number, signal.SIG_IGN)
     logging.disable_progress_bar()
-    connection = Connection(handle)
-    order: Order = connection.recv()
+    channel, engine = Channel(handle), os.getppid()
     try:
+        order = channel.get()
+        assert isinstance(order, Order)
         worker, own = _load(order)
-    except Exception as error:
-        connection.send(Ready(error))
+        channel.put(Ready(None))
+    except (EOFError, OSError):
         return
-    connection.send(Ready(None))
-    _Host(connection, worker, own).serve()
+    except Exception as error:
+        channel.put(Ready(portable(error)))
+    else:
+        _Host(channel, worker, own, engine).serve()
+    channel.close()
 
 
 def _load(order: Order) -> tuple[Worker, EvidenceScorer | None]:
@@ -53,68 +57,76 @@ def _load(order: Order) -> tuple[Worker, EvidenceScorer | None]:
     def finish(job: Job, tree: SearchTree) -> Outcome:
         return measure_job(job, tree, models)
 
-    num_threads = share_threads(models.runners, order.processes)
-    return Worker(models, finish, order.config.max_queued_searches, num_threads), own
+    return Worker(models, finish, order.config.max_queued_searches, models.share_threads(order.processes)), own
 
 
 class _Host:
-    """Jobs between a socket and a worker."""
+    """Jobs between a channel and a worker."""
 
-    def __init__(self, connection: Connection, worker: Worker, own: EvidenceScorer | None) -> None:
-        self._connection, self._worker, self._own = connection, worker, own
-        self._parent = os.getppid()
-        self._stops: dict[int, threading.Event] = {}
-        self._lock = threading.Lock()  # of what is sent
+    def __init__(self, channel: Channel, worker: Worker, own: EvidenceScorer | None, engine: int) -> None:
+        self._engine = engine  # its process
+        self._channel, self._worker, self._own = channel, worker, own
+        self._changed = threading.Condition()
+        self._stops: dict[int, threading.Event] = {}  # of every job that is not answered
+        self._is_closing = False
 
     def serve(self) -> None:
         """Until there is nothing more to do; an engine that went away takes its searches with it."""
-        try:
-            while not isinstance(message := self._hear(), Close):
-                match message:
-                    case Take(number, packed):
-                        self._send(Taken(number, self._take(number, packed)))
-                    case Stop(number) if number in self._stops:
-                        self._stops[number].set()
-        except EOFError:
-            self._worker.stop()
+        threading.Thread(target=self._listen, name="ets-host", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing and not self._stops)
         self._worker.close()
 
-    def _hear(self) -> object:
-        while not self._connection.poll(LOOK_S):
-            if os.getppid() != self._parent:
-                raise EOFError
-        return self._connection.recv()
+    def _listen(self) -> None:
+        try:
+            while True:
+                while not self._channel.poll(LOOK_S):
+                    if os.getppid() != self._engine:  # a fork of it may keep its end of the socket open
+                        raise EOFError
+                match self._channel.get():
+                    case Take(number, packed):
+                        self._take(number, packed)
+                    case Stop(number):
+                        if (stop := self._stops.get(number)) is not None:
+                            stop.set()
+                    case Close():
+                        self._close()
+        except (EOFError, OSError):
+            self._worker.stop()
+            self._stops.clear()
+            self._close()
 
-    def _take(self, number: int, packed: bytes) -> bool:
+    def _close(self) -> None:
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+
+    def _take(self, number: int, packed: bytes) -> None:
         stop = self._stops[number] = threading.Event()
         try:
-            job = unpack(packed, self._own, lambda event: self._send(Told(number, event)), stop)
-            job.future.add_done_callback(partial(self._answer, number))
+            job = unpack(packed, self._own, lambda event: self._channel.put(Told(number, event)), stop)
             self._worker.submit(job)
         except Exception:
-            del self._stops[number]
-            return False
-        return True
+            self._channel.put(Refused(number))
+            self._forget(number)
+        else:
+            job.future.add_done_callback(partial(self._answer, number))
 
     def _answer(self, number: int, future: Future[Outcome]) -> None:
         """In the thread of a job's callbacks, after its last event."""
-        self._stops.pop(number, None)
         error = future.exception()
-        if error is not None and not isinstance(error, Exception):
-            error = EngineError(f"{type(error).__name__} in a helper process: {error}")
-        outcome = future.result() if error is None else error
         try:
-            self._send(Done(number, outcome, self._worker.stats()))
-        except OSError:
-            pass  # the engine is gone
+            packed = pickle.dumps(future.result() if error is None else portable(error))
         except Exception as unsent:
-            error = EngineError(f"{type(error or unsent).__name__} in a helper process: {error or unsent}")
-            self._send(Done(number, error, self._worker.stats()))
+            packed = pickle.dumps(portable(unsent))
+        try:
+            stats = self._worker.stats()
+        except EngineClosedError:
+            stats = None
+        self._channel.put(Done(number, packed, stats))
+        self._forget(number)
 
-    def _send(self, message: object) -> None:
-        with self._lock:
-            self._connection.send(message)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    def _forget(self, number: int) -> None:
+        with self._changed:
+            self._stops.pop(number, None)
+            self._changed.notify()

@@ -21,7 +21,6 @@ from ets_engine.models.formats import encode
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, check_options
 from ets_engine.reference import REFERENCE, check_domain
 from ets_engine.runtime import Runner, StepDecoder, resolve_device
-from ets_engine.runtime.threads import share_threads
 from ets_engine.scorers import EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import SearchTree, needs_scores
 from ets_engine.serving import Job, Models, Worker, in_callback
@@ -100,12 +99,11 @@ class ETSEngine:
         prm = None if isinstance(verifier, EvidenceScorer) else verifier
         self._has_verifier = verifier is not None
         models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, prm, embedder)
-        num_threads = share_threads(models.runners, 1 + len(helpers)) if embedder is None or helpers else None
 
         def finish(job: Job, tree: SearchTree) -> SearchResult:
             return measure_job(job, tree, models).to_result(job)
 
-        self._worker = Worker(models, finish, max_queued_searches, num_threads)
+        self._worker = Worker(models, finish, max_queued_searches, models.share_threads(1 + len(helpers)))
         self._crew = Crew(self._worker, helpers, self._own, max_queued_searches)
         self.num_parameters = policy.num_parameters, prm[0].num_parameters if prm else 0
         names = (None, None) if key is None else (key[0], key[1] or (prm and REFERENCE))
@@ -148,8 +146,9 @@ class ETSEngine:
         own = config.model_copy(
             update={"processes": 1, "kv_memory_fraction": config.kv_memory_fraction / config.processes}
         )
-        helpers = _start_helpers(Order(model, verifier, own, config.processes), preset)
+        helpers: list[Helper] = []
         try:
+            _start_helpers(helpers, Order(model, verifier, own, config.processes), preset)
             loaded = load_models(model, verifier, own, preset)
             return cls(
                 loaded.policy,
@@ -385,14 +384,14 @@ def get_engine(model: str = REFERENCE, verifier: str | None = None, config: Engi
         return engine
 
 
-def _start_helpers(order: Order, preset: Preset | None) -> list[Helper]:
-    """Processes that load these models meanwhile.
+def _start_helpers(helpers: list[Helper], order: Order, preset: Preset | None) -> None:
+    """Add processes that load these models meanwhile; whoever calls this ends them if anything goes wrong.
 
     Raises:
         ConfigError: There can be none here.
     """
     if order.processes == 1:
-        return []
+        return
     if preset is not None:
         raise ConfigError(
             f"processes={order.processes} and preset={preset.name!r}: other processes know presets by name only; take "
@@ -402,7 +401,8 @@ def _start_helpers(order: Order, preset: Preset | None) -> list[Helper]:
         raise ConfigError(
             f"processes={order.processes} is for device='cpu': on a GPU, searches share the passes of one process"
         )
-    return [Helper(order) for _ in range(order.processes - 1)]
+    for _ in range(order.processes - 1):
+        helpers.append(Helper(order))
 
 
 def _name(model: str, verifier: str | None, config: EngineConfig) -> str:

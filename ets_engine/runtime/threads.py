@@ -53,14 +53,14 @@ def are_small(runners: Sequence[Runner]) -> bool:
     return all(one.device.type == "cpu" and one.num_parameters < SMALL_PARAMETERS for one in runners)
 
 
-def share_threads(runners: Sequence[Runner], num_processes: int) -> int | None:
-    """Threads for the passes of one of several processes with these models (count), None = as many as torch has.
+def share_threads(num_processes: int, *, is_small: bool) -> int | None:
+    """Threads for the passes of one of several processes with the same models (count), None = as many as torch has.
 
     Example:
-        >>> share_threads([], 1)
-        1
+        >>> share_threads(2, is_small=True), share_threads(1, is_small=False)
+        (1, None)
     """
-    if are_small(runners):
+    if is_small:
         return 1
     return None if num_processes == 1 else max(1, torch.get_num_threads() // num_processes)
 

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import atexit
+import os
+import pickle
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from ets_engine.errors import EngineClosedError
+from ets_engine.protocols import OnEvent
 from ets_engine.scorers import EvidenceScorer
 from ets_engine.serving.helper import Helper
-from ets_engine.serving.job import Job
-from ets_engine.serving.messages import pack
+from ets_engine.serving.job import Courier, Job, complete
+from ets_engine.serving.messages import Close, Done, Refused, Stop, Take, Told, pack
+from ets_engine.serving.result import Outcome
 from ets_engine.serving.worker import Worker
-from ets_engine.types import EngineStats
+from ets_engine.types import EngineStats, SearchEvent
 
 _started: weakref.WeakSet[Crew] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class _Guest:
+    """A job that a helper has.
+
+    Attributes:
+        job: Of this process; its future is pending until its outcome is here.
+        courier: Its callbacks' thread.
+        helper: Who has it.
+        is_stopped: Whether the helper was told to stop it.
+        told: The last event that was passed on.
+    """
+
+    job: Job
+    courier: Courier
+    helper: Helper
+    is_stopped: bool = False
+    told: SearchEvent | None = None
 
 
 class Crew:
     """A worker in this process, and helpers with the same models.
 
-    A search that brings a verifier or a selector of its own stays here, and so does one whose callers hand over what
+    A search that brings a verifier or a selector of its own stays here, and so does one whose caller hands over what
     cannot be pickled. Should a helper die, its searches begin anew here, and end with the same results.
 
     Args:
@@ -39,10 +64,17 @@ class Crew:
         self._helpers = tuple(helpers)
         self._own = own
         self._max_queued = max_queued
-        self._lock = threading.Lock()
-        self._is_closing = False
+        # Of all below and of the helpers' `num_jobs` and `is_alive`. Neither a caller's function nor anything that
+        # waits runs under it; a finalizer may, `close` for one, so it can be taken twice.
+        self._changed = threading.Condition(threading.RLock())
+        self._guests: dict[int, _Guest] = {}
+        self._num_lent = 0  # jobs that are neither delivered nor back in the worker
+        self._is_closing = self._is_stopping = False
+        self._pid = os.getpid()
         for helper in helpers:
-            helper.wait_ready(worker, worker.submit)
+            helper.wait_ready()
+        for helper in helpers:
+            helper.listen(self)
         if helpers:
             _started.add(self)
 
@@ -57,23 +89,13 @@ class Crew:
         if not self._lend(job):
             self._worker.submit(job)
 
-    def _lend(self, job: Job) -> bool:
-        """Give a job to a helper that has fewer than this process; whether there is one, and it may."""
-        with self._lock:  # so that two threads do not both take the same one for the idlest
-            helpers = [helper for helper in self._helpers if helper.is_alive]
-            idlest = min(helpers, key=lambda helper: helper.num_jobs, default=None)
-            if idlest is None or idlest.num_jobs >= min(self._worker.num_jobs, self._max_queued):
-                return False
-            packed = pack(job, self._own)
-            return packed is not None and idlest.put(job, packed)
-
     def stats(self) -> EngineStats:
         """What all processes have done, each helper until it last finished a job.
 
         Raises:
             EngineClosedError: The models are gone.
         """
-        found = [self._worker.stats(), *(one.stats for one in self._helpers if one.stats is not None)]
+        found = [self._worker.stats(), *(_stats(one) for one in self._helpers)]
         return EngineStats(**{name: sum(getattr(one, name) for one in found) for name in EngineStats.model_fields})
 
     @property
@@ -83,18 +105,178 @@ class Crew:
 
     def close(self, *, wait: bool = True) -> None:
         """Take no more jobs, finish those there are, and end the helpers."""
-        self._is_closing = True
+        if os.getpid() != self._pid:  # the helpers are the other process's
+            self._worker.close(wait=wait)
+            return
+        with self._changed:
+            self._is_closing = True
         for helper in self._helpers:
-            helper.close()
+            helper.expect_end()
+            helper.put(Close())
         if wait:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._num_lent)
+            self._worker.close()
             for helper in self._helpers:
-                helper.join()  # a job of one that dies now begins anew in the worker
-        self._worker.close(wait=wait)
+                helper.join()
+        else:
+            self._settle(0)
 
     def stop(self) -> None:
         """End the helpers at once: the process is about to go."""
-        for helper in self._helpers:
-            helper.kill()
+        if os.getpid() == self._pid:
+            self._is_closing = self._is_stopping = True
+            for helper in self._helpers:
+                helper.kill()
+
+    # ------------------------------------------------------------------ giving jobs away
+
+    def _lend(self, job: Job) -> bool:
+        """Give a job to a helper that has fewer than this process; whether there is one, and it may."""
+        if self._idlest() is None or (packed := pack(job, self._own)) is None:
+            return False
+        with self._changed:  # two threads may not take the same one for the idlest
+            helper = self._idlest()
+            if helper is None or self._is_closing:
+                return False
+            try:
+                self._guests[job.number] = _Guest(job, Courier(job, self._worker), helper)
+                self._num_lent += 1
+                helper.num_jobs += 1
+                helper.put(Take(job.number, packed))
+            except BaseException:  # Ctrl-C for instance
+                if self._forget(job.number):
+                    self._num_lent -= 1
+                raise
+        return True
+
+    def _idlest(self) -> Helper | None:
+        """The helper that has the fewest jobs, where this process has more."""
+        helpers = [helper for helper in self._helpers if helper.is_alive]
+        idlest = min(helpers, key=lambda helper: helper.num_jobs, default=None)
+        if idlest is None or idlest.num_jobs >= min(self._worker.num_jobs, self._max_queued):
+            return None
+        return idlest
+
+    def _forget(self, number: int) -> _Guest | None:
+        with self._changed:
+            guest = self._guests.pop(number, None)
+            if guest is not None:
+                guest.helper.num_jobs -= 1
+        return guest
+
+    def _settle(self, count: int) -> None:
+        """So many jobs are delivered, or back in the worker."""
+        with self._changed:
+            self._num_lent -= count
+            is_over = self._is_closing and not self._num_lent
+            self._changed.notify_all()
+        if is_over:
+            self._worker.close(wait=False)
+
+    # ------------------------------------------------------------------ helpers' threads
+
+    def hear(self, helper: Helper, message: object) -> None:
+        """What a helper says."""
+        match message:
+            case Told(number, event):
+                if (guest := self._guests.get(number)) is not None:
+                    guest.courier.tell(event)
+                    guest.told = event
+            case Refused(number):
+                if (guest := self._forget(number)) is not None:
+                    self._take_back(guest)
+            case Done(number, outcome, stats):
+                helper.stats = stats or helper.stats
+                if (guest := self._forget(number)) is not None:
+                    self._deliver(guest, outcome)
+
+    def look_after(self, helper: Helper) -> None:
+        """Pass on who wants to stop."""
+        with self._changed:
+            guests = [one for one in self._guests.values() if one.helper is helper and not one.is_stopped]
+        for guest in guests:
+            job = guest.job
+            if job.future.cancelled():
+                if self._forget(job.number):
+                    job.future.set_running_or_notify_cancel()  # those who wait for it are told
+                    guest.courier.end(lambda: None)
+                    self._settle(1)
+            elif not _wants_to_stop(job):
+                continue
+            guest.is_stopped = True
+            helper.put(Stop(job.number))
+
+    def part(self, helper: Helper) -> None:
+        """A helper has ended."""
+        with self._changed:
+            helper.is_alive = False
+            left = [one for one in self._guests.values() if one.helper is helper]
+        for guest in left:
+            self._forget(guest.job.number)
+            self._take_back(guest)
+
+    def _deliver(self, guest: _Guest, packed: bytes) -> None:
+        """Complete a job's future, in the thread of its callbacks."""
+        job = guest.job
+
+        def resolve() -> None:
+            try:
+                outcome: object = pickle.loads(packed)
+                complete(job, outcome.to_result(job) if isinstance(outcome, Outcome) else outcome)
+            except BaseException as error:  # of the caller's view
+                complete(job, error)
+
+        guest.courier.end(resolve if job.future.set_running_or_notify_cancel() else lambda: None)
+        self._settle(1)
+
+    def _take_back(self, guest: _Guest) -> None:
+        """Have a job done in this process; its listener is not told again what it knows."""
+        job = guest.job
+
+        def readmit() -> None:
+            try:
+                heard = job.on_event if guest.told is None or job.on_event is None else _news(job.on_event, guest.told)
+                # The old thread of callbacks is inside the context still.
+                again = replace(job, on_event=heard, context=job.context.copy())
+                self._worker.readmit(again)
+            except Exception as error:
+                complete(job, error)
+            finally:
+                self._settle(1)
+
+        if self._is_stopping:
+            complete(job, EngineClosedError("the process ended while this search ran"))
+            self._settle(1)
+        else:
+            guest.courier.end(readmit)
+
+
+def _wants_to_stop(job: Job) -> bool:
+    """Whether its caller calls it off, or one of its callbacks failed."""
+    try:
+        return job.error is not None or (job.cancel is not None and job.cancel.is_set())
+    except BaseException as error:
+        job.error = error
+        return True
+
+
+def _news(on_event: OnEvent, known: SearchEvent) -> OnEvent:
+    """The same listener, but for what it was told already by a search that began anew."""
+
+    def tell(event: SearchEvent) -> None:
+        is_old = event.kind == "start" or event.depth <= known.depth if known.kind == "step" else event.kind == "start"
+        if known.kind != "end" and (event.kind == "end" or not is_old):
+            on_event(event)
+
+    return tell
+
+
+def _stats(helper: Helper) -> EngineStats:
+    """Of a helper, with the jobs that it has now."""
+    found = helper.stats or EngineStats(**dict.fromkeys(EngineStats.model_fields, 0))
+    gone = {} if helper.is_alive else {"kv_tokens": 0, "prefix_tokens": 0}
+    return found.model_copy(update={"live": helper.num_jobs, "waiting": 0, **gone})
 
 
 @atexit.register

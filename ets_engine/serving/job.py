@@ -103,6 +103,21 @@ class Job:
         return self.ended_early is not None
 
 
+def complete(job: Job, outcome: object) -> None:
+    """Complete a job's future, if nobody called it off before it was let in.
+
+    Args:
+        job: Whose future it is; what one of its callbacks raised comes before any outcome.
+        outcome: What the future is to hold, or an exception that it is to raise.
+    """
+    final = job.error or outcome
+    with suppress(InvalidStateError):
+        if isinstance(final, BaseException):
+            job.future.set_exception(final)
+        else:
+            job.future.set_result(final)
+
+
 class Courier:
     """Runs one job's callbacks in a thread of their own, so that nothing a caller does holds up the engine.
 
@@ -154,21 +169,8 @@ class Courier:
         threading.Thread(target=context.run, args=(ask,), name=f"ets-verifier-{self._job.number}", daemon=True).start()
 
     def finish(self, outcome: object) -> None:
-        """Complete the future, after all events were delivered; a callback's error comes before any outcome.
-
-        Args:
-            outcome: What the future is to hold, or an exception that it is to raise.
-        """
-
-        def resolve() -> None:
-            final = self._job.error or outcome
-            with suppress(InvalidStateError):  # called off before it was let in
-                if isinstance(final, BaseException):
-                    self._job.future.set_exception(final)
-                else:
-                    self._job.future.set_result(final)
-
-        self.end(resolve)
+        """Complete the future, after all events were delivered; see `complete`."""
+        self.end(lambda: complete(self._job, outcome))
 
     def end(self, task: Callable[[], object]) -> None:
         """Do a last thing, after all events were delivered."""

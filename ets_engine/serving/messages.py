@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ets_engine.config import EngineConfig, SearchConfig
+from ets_engine.errors import EngineError
 from ets_engine.messages import Message, Prompt
 from ets_engine.protocols import Cancel, OnEvent
 from ets_engine.scorers import EqualVerifier, EvidenceScorer
 from ets_engine.serving.job import Job
-from ets_engine.serving.result import Outcome
 from ets_engine.types import EngineStats, SearchEvent
 
 
@@ -54,11 +54,10 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """Whether a helper took a job; what one cannot read, a function of the main program for instance, it leaves."""
+class Refused:
+    """A job that the helper cannot do: it has no such function as the job names, for instance."""
 
     number: int
-    is_taken: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +68,13 @@ class Told:
     event: SearchEvent
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Done:
-    """What a job came to, and what its process has done so far."""
+    """What a job came to, an `Outcome` or an exception, pickled; and what its process has done so far, if it knows."""
 
     number: int
-    outcome: Outcome | Exception
-    stats: EngineStats
+    outcome: bytes
+    stats: EngineStats | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,8 @@ def pack(job: Job, own: EvidenceScorer | None) -> bytes | None:
         job: That no scheduler has.
         own: The engine's verifier, where that is no PRM.
     """
-    if job.selector is not None or not (job.verifier in (None, own) or isinstance(job.verifier, EqualVerifier)):
+    is_own = job.verifier is None or job.verifier is own
+    if job.selector is not None or not (is_own or isinstance(job.verifier, EqualVerifier)):
         return None
     packed = _Packed(
         job.problem,
@@ -109,7 +109,7 @@ def pack(job: Job, own: EvidenceScorer | None) -> bytes | None:
         job.config,
         job.tools,
         job.read_step,
-        is_judged=not isinstance(job.verifier, EqualVerifier),
+        is_judged=is_own,
         has_listener=job.on_event is not None,
         waited_s=time.perf_counter() - job.began_s,
     )
@@ -117,6 +117,16 @@ def pack(job: Job, own: EvidenceScorer | None) -> bytes | None:
         return pickle.dumps(packed)
     except Exception:  # a function that has no name, say
         return None
+
+
+def portable(error: BaseException) -> Exception:
+    """An exception that the other process can read: itself, or what it says."""
+    try:
+        if isinstance(pickle.loads(pickle.dumps(error)), Exception) and isinstance(error, Exception):
+            return error
+    except Exception:
+        pass
+    return EngineError(f"{type(error).__name__} in a helper process: {error}")
 
 
 def unpack(packed: bytes, own: EvidenceScorer | None, on_event: OnEvent, cancel: Cancel) -> Job:

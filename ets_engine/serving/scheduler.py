@@ -24,6 +24,7 @@ from ets_engine.models import (
 )
 from ets_engine.protocols import Embedder
 from ets_engine.runtime import Runner, StepDecoder
+from ets_engine.runtime.threads import are_small, share_threads
 from ets_engine.scorers import CallableVerifier, EqualVerifier, EvidenceScorer
 from ets_engine.search import (
     Expand,
@@ -67,6 +68,10 @@ class Models:
     def runners(self) -> tuple[Runner, ...]:
         """Of the policy, and of the PRM where there is one."""
         return (self.decoder.runner, *([self.verifier[0]] if self.verifier else []))
+
+    def share_threads(self, num_processes: int) -> int | None:
+        """Of torch's, for one of so many processes (count), None = all; an embedder's are nobody's business here."""
+        return share_threads(num_processes, is_small=self.embedder is None and are_small(self.runners))
 
 
 class Scheduler:

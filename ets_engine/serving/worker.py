@@ -62,12 +62,26 @@ class Worker:
                 raise QueueFullError(
                     f"{self._max_queued} searches wait already (EngineConfig.max_queued_searches); try again later"
                 )
-            self._inbox.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="ets-engine", daemon=True)
-                self._thread.start()
-                _started.add(self)
-            self._changed.notify()
+            self._take(job)
+
+    def readmit(self, job: Job) -> None:
+        """Queue a job that was accepted before, however many wait; whoever calls this has not called `close` yet.
+
+        Raises:
+            EngineClosedError: The process is about to go.
+        """
+        with self._changed:
+            if self._is_stopping:
+                raise EngineClosedError("the process ended while this search ran")
+            self._take(job)
+
+    def _take(self, job: Job) -> None:
+        self._inbox.append(job)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="ets-engine", daemon=True)
+            self._thread.start()
+            _started.add(self)
+        self._changed.notify()
 
     def check_open(self, *, is_closing: bool = False) -> None:
         """Refuse to go on where no job is taken.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig
 from ets_engine.reference import generate_problems, is_right_answer, is_solved, policy_path, prm_path
-from ets_engine.runtime import threads
+from ets_engine.serving import scheduler
 from ets_engine.serving.scheduler import Scheduler
 
 SIZE_LIMIT_BYTES = 16_000_000
@@ -124,7 +124,7 @@ def test_threads_do_not_matter(engine: ETSEngine, seen_threads: set[int], monkey
     problem, config = "Use 4, 6, 10 and 19 to make 16.", SearchConfig(width=4, seed=2)
     with two_threads():
         one = engine.search(problem, config)
-        monkeypatch.setattr(threads, "are_small", lambda runners: False)
+        monkeypatch.setattr(scheduler, "are_small", lambda runners: False)
         with ETSEngine.from_pretrained("reference") as other:
             assert other.search(problem, config).text == one.text
     assert seen_threads == {1, 2}

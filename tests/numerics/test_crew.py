@@ -24,6 +24,7 @@ from ets_engine.models import Preset, StepBoundary
 from ets_engine.search.selectors import Rebase
 from ets_engine.service import ETSEngine
 from ets_engine.serving import helper as helpers
+from ets_engine.serving.crew import Crew
 from ets_engine.serving.helper import Helper
 from ets_engine.types import SearchEvent
 
@@ -60,7 +61,7 @@ def helper_of(engine: ETSEngine) -> Helper:
 
 
 def pid_of(engine: ETSEngine) -> int:
-    return helper_of(engine)._process.pid
+    return helper_of(engine).pid
 
 
 @contextmanager
@@ -95,8 +96,8 @@ def frozen(engine: ETSEngine) -> Iterator[None]:
 
 def test_results_are_those_of_one_process(engine: ETSEngine, alone: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     lent: list[bool] = []
-    put = Helper.put
-    monkeypatch.setattr(Helper, "put", lambda self, job, packed: lent.append(put(self, job, packed)) or lent[-1])
+    lend = Crew._lend
+    monkeypatch.setattr(Crew, "_lend", lambda self, job: lent.append(lend(self, job)) or lent[-1])
     jobs = [(problem, settings(seed=seed, width=4 + seed)) for seed in range(3) for problem in PROBLEMS]
     futures = [engine.submit(*job) for job in jobs]
     found = [future.result(timeout=60) for future in futures]
@@ -210,6 +211,43 @@ def test_cancel_and_deadline_reach_the_helper(engine: ETSEngine) -> None:
         failed.result(timeout=60)
 
 
+def test_a_cancel_may_take_the_lock_under_which_searches_are_submitted(engine: ETSEngine) -> None:
+    lock = threading.Lock()
+
+    class Locked:
+        def is_set(self) -> bool:
+            with lock:
+                return False
+
+    futures: list[Future[Any]] = []
+    with busy(engine):
+        for i in range(60):
+            with lock:
+                futures.append(engine.submit(PROBLEMS[i % 8], settings(max_steps=1), cancel=Locked()))
+            while len(futures) - sum(future.done() for future in futures) > 8:
+                time.sleep(0.001)
+    assert all(future.result(timeout=60).trace is not None for future in futures)
+
+
+def test_a_flood_of_long_messages_holds_nobody_up(engine: ETSEngine) -> None:
+    """Both processes send all the time, and neither waits for the other to read."""
+    text, futures = "x" * 100_000, list[Future[Any]]()
+
+    def submit(count: int) -> None:
+        for i in range(count):
+            futures.append(engine.submit(PROBLEMS[i % 8], settings(max_steps=1, width=1), problem_text=text))
+
+    with busy(engine):
+        callers = [threading.Thread(target=submit, args=(4,)) for _ in range(4)]
+        with frozen(engine):
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.join(timeout=20)
+            assert not any(caller.is_alive() for caller in callers)
+        assert all(isinstance(future.exception(timeout=60), ContextLengthError) for future in futures)
+
+
 def test_a_future_can_be_called_off(engine: ETSEngine) -> None:
     with busy(engine), frozen(engine):
         futures = [engine.submit(problem, settings()) for problem in PROBLEMS[:3]]
@@ -256,7 +294,7 @@ def test_searches_of_a_helper_that_dies_begin_anew_here(
             if how == "killed":
                 os.kill(pid_of(engine), signal.SIGKILL)
             else:
-                guest = next(iter(helper_of(engine)._guests.values()))
+                guest = next(iter(engine._crew._guests.values()))
                 guest.courier.tell = None  # type: ignore[assignment] # what the helper's thread does next fails
             futures += [engine.submit(problem, long) for problem in PROBLEMS[1:]]
             found = [Essence(future.result(timeout=60)) for future in futures]
@@ -270,16 +308,62 @@ def test_searches_of_a_helper_that_dies_begin_anew_here(
         settle(engine)
 
 
-def test_close_finishes_what_every_process_has(folders: tuple[str, str]) -> None:
+def test_close_finishes_what_every_process_has(folders: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    engine, cancel = make(folders, processes=2), threading.Event()
+    closing = threading.Thread(target=engine.close)
+    with busy(engine), frozen(engine):
+        futures = [
+            engine.submit(problem, settings(), cancel=cancel if i == 3 else None, on_event=lambda event: None)
+            for i, problem in enumerate(PROBLEMS)
+        ]
+        assert helper_of(engine).num_jobs == len(PROBLEMS)
+        closing.start()
+        while not engine._crew.is_closed:
+            time.sleep(0.001)
+        with pytest.raises(EngineClosedError, match="closed"):
+            engine.submit(PROBLEMS[0], settings())
+        cancel.set()
+        time.sleep(0.1)
+    closing.join(timeout=30)
+    reasons = [future.result(timeout=10).finish_reason for future in futures]
+    assert reasons[3] == "cancelled" and "cancelled" not in reasons[:3] + reasons[4:]
+    assert helper_of(engine).exit_code == 0 and not _is_running(pid_of(engine))
+    assert not caplog.records
+
+
+def test_a_helper_may_die_while_its_engine_closes_and_the_queue_is_full(
+    folders: tuple[str, str], alone: ETSEngine
+) -> None:
     engine = make(folders, processes=2)
-    futures = [engine.submit(problem, settings()) for problem in PROBLEMS]
-    pid = pid_of(engine)
-    engine.close()
-    assert all(future.done() and future.result().trace is not None for future in futures)
-    assert helper_of(engine)._process.returncode == 0
-    assert not _is_running(pid)
-    with pytest.raises(EngineClosedError, match="closed"):
-        engine.submit(PROBLEMS[0], settings())
+    closing = threading.Thread(target=engine.close)
+    with busy(engine), frozen(engine):
+        futures = [engine.submit(problem, settings()) for problem in PROBLEMS]
+        engine._worker._max_queued = 1
+        closing.start()
+        while not engine._crew.is_closed:
+            time.sleep(0.001)
+        os.kill(pid_of(engine), signal.SIGKILL)
+        while helper_of(engine).is_alive:
+            time.sleep(0.001)
+    found = [Essence(future.result(timeout=30)) for future in futures]
+    closing.join(timeout=30)
+    assert not closing.is_alive()
+    assert found == [Essence(alone.search(problem, settings())) for problem in PROBLEMS]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_leaves_the_helper_alone(engine: ETSEngine) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.close()
+            engine._crew.stop()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    with busy(engine):
+        assert engine.submit(PROBLEMS[0], settings()).result(timeout=60).trace is not None
+    assert helper_of(engine).is_alive
 
 
 def test_settings_that_cannot_be_honoured_are_refused(folders: tuple[str, str], tmp_path: Path) -> None:
@@ -294,8 +378,8 @@ def test_settings_that_cannot_be_honoured_are_refused(folders: tuple[str, str], 
 def test_a_helper_that_cannot_start_is_an_error_at_load(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(helpers, "PROGRAM", "this")  # which reads no socket
-    with pytest.raises(ModelLoadError, match="ended with code 0"):
+    monkeypatch.setattr(helpers, "PROGRAM", "raise SystemExit(3)")
+    with pytest.raises(ModelLoadError, match="ended with code 3"):
         make(folders, processes=2)
 
 
