@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
         ETSEngine.from_pretrained("reference", config=several) as crew,
     ):
         for warmed in (engine, crew):
-            warmed.search_many(problems[:4], SearchConfig(width=4))
+            warmed.search_many(problems[:8], SearchConfig(width=max(options.widths)))
         for width in options.widths:
             peers = min(options.peer_searches, len(problems))
             row = bench(engine, crew, problems, width, peers, options.repeats, getattr(torch, options.dtype))

@@ -97,11 +97,11 @@ def test_they_run_on_one_thread_and_leave_the_others_to_everyone_else(seen_threa
 
 
 def test_the_thread_that_loads_them_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    loading: list[threading.Thread] = []
+    seen: list[threading.Thread] = []
     load = loading.load_causal_lm
-    monkeypatch.setattr(loading, "load_causal_lm", lambda *a: loading.append(threading.current_thread()) or load(*a))
+    monkeypatch.setattr(loading, "load_causal_lm", lambda *a: seen.append(threading.current_thread()) or load(*a))
     with ETSEngine.from_pretrained("reference"):
-        assert loading[0] is not threading.current_thread() and not loading[0].is_alive()
+        assert seen[0] is not threading.current_thread() and not seen[0].is_alive()
 
 
 def test_no_search_is_lost_where_no_thread_can_be_started(
