@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig
+from ets_engine import ETSEngine, ReferenceDomainError, SearchConfig, loading
 from ets_engine.reference import generate_problems, is_right_answer, is_solved, policy_path, prm_path
 from ets_engine.serving import scheduler
 from ets_engine.serving.scheduler import Scheduler
