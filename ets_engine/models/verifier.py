@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,7 +125,7 @@ class PrmVerifier:
         missing = self._ends - self._handles.keys()
         if not missing:
             return
-        tree, prefixes = self._runner.tree, self._runner.prefixes
+        tree = self._runner.tree
         opened: dict[int, int] = {}
         try:
             for node in ancestors(missing, self._paths):
@@ -134,17 +134,35 @@ class PrmVerifier:
                     opened[node] = tree.fork(opened[parent])
                     self._runner.extend_last([(opened[node], ids)])
                 else:
-                    opened[node], known = prefixes.begin(ids, owner=self._search)
-                    self._runner.extend_last([(opened[node], ids[known:])])
-                    self._shared_tokens = prefixes.remember(ids, opened[node])
+                    opened[node], unread = self.begin()
+                    self._runner.extend_last([(opened[node], unread)])
+                    self._shared_tokens = self._runner.prefixes.remember(ids, opened[node])
         except BaseException:
             for handle in opened.values():
                 tree.release(handle)
             raise
-        if not self.usage.tokens:
-            self.usage.tokens = self.usage.path_tokens = len(self._root_ids)
         for node in opened.keys() - missing:
             tree.release(opened.pop(node))
+        self._keep(opened)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the problem is all there is, and it is not read."""
+        return not self._handles and self._ends == {0}
+
+    def begin(self) -> tuple[int, list[int]]:
+        """A KV node for the problem, and what of it is to be read there."""
+        handle, known = self._runner.prefixes.begin(self._root_ids, owner=self._search)
+        return handle, list(self._root_ids[known:])
+
+    def accept_problem(self, handle: int) -> None:
+        """The problem was read there."""
+        self._shared_tokens = self._runner.prefixes.remember(self._root_ids, handle)
+        self._keep({0: handle})
+
+    def _keep(self, opened: Mapping[int, int]) -> None:
+        if not self.usage.tokens:
+            self.usage.tokens = self.usage.path_tokens = len(self._root_ids)
         self._handles |= opened
 
     def plan(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> Reading:
@@ -201,6 +219,11 @@ class PrmVerifier:
         self.retain(())
 
     @property
+    def problem_ids(self) -> Sequence[int]:
+        """The problem as the PRM reads it."""
+        return self._root_ids
+
+    @property
     def root_tokens(self) -> int:
         """Tokens of the problem as the PRM reads it (count)."""
         return len(self._root_ids)
@@ -213,6 +236,31 @@ class PrmVerifier:
 
 ScoreRequest = tuple[PrmVerifier, Sequence[int], Sequence[int], Sequence[str]]
 """A search's verifier; the new nodes, the node above each, the step of each."""
+
+
+def open_together(verifiers: Sequence[PrmVerifier]) -> None:
+    """`PrmVerifier.open` for several verifiers of one PRM; problems that are all new to it are read in one batch.
+
+    Of equal problems one is read, and the others find it.
+
+    Raises:
+        PoolExhaustedError: The pool is full; some may be open.
+    """
+    new = list({tuple(one.problem_ids): one for one in verifiers if one.is_new}.values())
+    if len(new) > 1:
+        runner, begun = new[0].runner, list[tuple[int, list[int]]]()
+        try:
+            for verifier in new:
+                begun.append(verifier.begin())
+            runner.extend_last(begun)
+        except BaseException:
+            for handle, _ in begun:
+                runner.tree.release(handle)
+            raise
+        for verifier, (handle, _) in zip(new, begun, strict=True):
+            verifier.accept_problem(handle)
+    for verifier in verifiers:
+        verifier.open()
 
 
 def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
@@ -229,8 +277,7 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
     began_s, moved_bytes = time.perf_counter(), stats.bytes_moved
     plans: list[Reading] = []
     try:
-        for verifier, *_ in requests:
-            verifier.open()
+        open_together([verifier for verifier, *_ in requests])
         plans += [verifier.plan(nodes, parents, texts) for verifier, nodes, parents, texts in requests]
         rows = [row for plan in plans for row in plan.rows.values()]
         right = probabilities(runner.logits(runner.extend_last(rows))).tolist() if rows else []  # [B]

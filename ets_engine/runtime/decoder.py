@@ -124,7 +124,9 @@ class StepDecoder:
 
     @torch.inference_mode()
     def step(self) -> list[FinishedBranch]:
-        """One token for every branch: sample, stop those that are done, feed the others.
+        """One token for every live branch: sample, stop those that are done, feed the others.
+
+        Waiting branches join afterwards, and at once where there are no others.
 
         Returns:
             Branches whose step ended, in no order that matters.
@@ -133,15 +135,23 @@ class StepDecoder:
             PoolExhaustedError: the KV pool is full. Every branch is as before: release leaves or `cancel` a search,
                 and step again.
         """
-        self._admit()
-        finished = self._decode() if self._rows else []
+        joining = [branch for branch in self._waiting if self._tokens_left(branch) > 0]
+        if self._rows:
+            finished = self._decode([branch.parent for branch in joining if self._is_short(branch.parent)])
+            self._admit(joining)
+        else:
+            self._admit(joining)
+            finished = self._decode() if self._rows else []
         finished += [self._without_room(branch) for branch in self._waiting]
         self._waiting = []
         return finished
 
-    def _admit(self) -> None:
-        """Open the waiting branches' parents, fork, and put the children among the rows; who has no room waits."""
-        joining = [branch for branch in self._waiting if self._tokens_left(branch) > 0]
+    def _is_short(self, parent: Leaf) -> bool:
+        """Whether a leaf is read in the pass that feeds the rows: a token more in that one, and no pass of its own."""
+        return len(parent.pending) == 1 and not self.runner.runs_ahead
+
+    def _admit(self, joining: Sequence[Branch]) -> None:
+        """Open some waiting branches' parents, fork, and put the children among the rows."""
         if not joining:
             return
         parents = list({id(branch.parent): branch.parent for branch in joining}.values())
@@ -159,11 +169,12 @@ class StepDecoder:
             self._rows.append(_Row(members, handle, state_of[id(first.parent)], quiet, most))
         self._states = torch.cat([self._states, *(parent.hidden[None] for parent in parents)])
         self._sums = torch.cat([self._sums, self._sums.new_zeros((len(alike), self._sums.shape[1]))])
-        self._waiting = [branch for branch in self._waiting if self._tokens_left(branch) <= 0]
+        joined = {id(branch) for branch in joining}
+        self._waiting = [branch for branch in self._waiting if id(branch) not in joined]
 
-    def _decode(self) -> list[FinishedBranch]:
-        """`step` for the live branches."""
-        meter, rows = self.usages.read_meter(), self._rows
+    def _decode(self, parents: Sequence[Leaf] = ()) -> list[FinishedBranch]:
+        """`step` for the live branches; the pass that feeds them reads these leaves too."""
+        meter, rows, unread = self.usages.read_meter(), self._rows, self.leaves.unread(parents)
         drawn = self._draw()
         self._readback.mark()
         ahead = self._run_ahead(drawn[0])
@@ -191,12 +202,14 @@ class StepDecoder:
                 for leaf, ids, text in [self._end(part, handle, leaves)]
                 for place in part.members
             ]
-            states = self._states[:0]
+            states = opened = self._states[:0]
             if ahead is not None:
                 self._forget_last(part.row for part, _ in ended)
                 states = ahead[self._index([part.row for part, _ in going])] if ended else ahead
-            elif going:
-                states = self.runner.extend_last([(handle, [part.token]) for part, handle in going])
+            elif going or unread:
+                fed = [(handle, [part.token]) for part, handle in going]
+                read = self.runner.extend_last(fed + [(leaf.handle, leaf.pending) for leaf in unread])
+                states, opened = read[: len(going)], read[len(going) :]
         except BaseException:
             if ahead is not None:
                 self._forget_last(range(len(rows)))
@@ -204,7 +217,9 @@ class StepDecoder:
                 self.runner.tree.release(handle)
             raise
         searches = [one.branch.parent.search for one in live]
-        self.usages.charge(searches, meter)
+        self.usages.charge(searches + [leaf.search for leaf in unread], meter)
+        if unread:
+            self.leaves.accept(unread, opened)
         for search, sampled in Counter(searches).items():
             self.usages.of(search).generated_tokens += sampled
         for place, one in enumerate(live):

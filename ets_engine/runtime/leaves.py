@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import torch
+
 from ets_engine.errors import ContextLengthError
 from ets_engine.runtime.branches import Leaf
 from ets_engine.runtime.runner import Runner
@@ -108,20 +110,32 @@ class Leaves:
         Raises:
             PoolExhaustedError: the KV pool is full; nothing has changed.
         """
-        unread = list({id(leaf): leaf for leaf in leaves if leaf.hidden is None}.values())
-        if not unread:
+        if not (unread := self.unread(leaves)):
             return
-        meter, searches = self._usages.read_meter(), [leaf.search for leaf in unread]
+        meter = self._usages.read_meter()
         hidden = self._runner.extend_last([(leaf.handle, leaf.pending) for leaf in unread])
-        for leaf, state in zip(unread, hidden, strict=True):
+        self._usages.charge([leaf.search for leaf in unread], meter)
+        self.accept(unread, hidden)
+
+    def unread(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """Those that have pending tokens, each once."""
+        return list({id(leaf): leaf for leaf in leaves if leaf.hidden is None}.values())
+
+    def accept(self, leaves: Sequence[Leaf], hidden: torch.Tensor) -> None:
+        """Note that some leaves were read.
+
+        Args:
+            leaves: Unread so far.
+            hidden: The state of each after its pending tokens. Shape [L, hidden].
+        """
+        for leaf, state in zip(leaves, hidden, strict=True):
             self._usages.of(leaf.search).read_tokens += len(leaf.pending)
             leaf.hidden, leaf.pending = state, ()
             if leaf.prompt:
                 usage, above = self._usages.of(leaf.search), self._runner.tree.prefix_tokens(leaf.handle)
                 usage.shared_tokens += self._runner.prefixes.remember(leaf.prompt, leaf.handle) - above
                 leaf.prompt = ()
-        self._usages.charge(searches, meter)
-        for search in set(searches):
+        for search in {leaf.search for leaf in leaves}:
             self._usages.sample_residency(search)
 
     def release(self, leaf: Leaf) -> None:

@@ -118,6 +118,40 @@ def test_only_expanded_leaves_pay_for_their_last_token_and_only_once() -> None:
     assert tree.num_tokens(left.leaf.handle) == 10 and tree.num_tokens(right.leaf.handle) == 9
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_whose_step_goes_on_is_read_in_the_pass_that_feeds_the_others(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = decoder_for("llama")
+    before = alone.leaves.start(PROMPT, "b")
+    alone.submit([branch(before, 1, max_step_tokens=3)])
+    (step,) = alone.run()
+    alone.submit([branch(step.leaf, node) for node in (2, 3)])
+    expected = [one.token_ids for one in alone.run()]
+
+    decoder = decoder_for("llama")
+    runner = decoder.runner
+    decoder.submit([branch(decoder.leaves.start(PROMPT, "b"), 1, max_step_tokens=3)])
+    (step,) = decoder.run()
+    decoder.submit([branch(decoder.leaves.start(PROMPT[:-1], "a"), node) for node in (5, 6)])
+    decoder.step()
+    decoder.submit([branch(step.leaf, node) for node in (2, 3)])
+    if fails:
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.model.model.layers[1], "forward", None)
+            with pytest.raises(TypeError):
+                decoder.step()
+        runner.tree.check_integrity()
+        assert len(step.leaf.pending) == 1 and step.leaf.hidden is None and decoder.num_branches == 4
+    forwards, read = runner.stats.forwards, decoder.usages.of("b").read_tokens
+    decoder.step()
+    assert runner.stats.forwards == forwards + 1
+    assert decoder.usages.of("b").read_tokens == read + 1 and step.leaf.pending == ()
+    found = [one.token_ids for one in sorted(decoder.run(), key=lambda one: one.branch.node)]
+    assert found[:2] == expected
+    runner.tree.check_integrity()
+
+
 def test_stop_reasons() -> None:
     decoder = decoder_for("llama")
     prompt = decoder.leaves.start(PROMPT, "search")

@@ -81,7 +81,7 @@ class Pair:
         self.parent: dict[int, int] = {}
         self.labels: dict[int, list[object]] = {}  # of each node for each decoder: it shares with nodes of equal labels
         self.steps: dict[int, FinishedBranch] = {}
-        self.live: dict[int, int] = {}  # nodes under way, with the tokens that they have drawn
+        self.live: dict[int, int] = {}  # nodes under way, with the tokens that they have drawn, -1 before they join
         self.log: list[list[tuple[dict[int, int], int]]] = [[], []]  # after each step: tokens of nodes, resident ones
         self.pages: list[tuple[int, int]] = []  # resident after each step
 
@@ -96,7 +96,8 @@ class Pair:
                 ]
             )
         for node in nodes:
-            self.parent[node], self.labels[node], self.live[node] = parent, [(len(self.pages), rules, left), node], 0
+            self.parent[node], self.labels[node] = parent, [(len(self.pages), rules, left), node]
+            self.live[node] = -1 if self.decoders[0]._rows else 0
 
     def step(self) -> None:
         found, expected = ({one.branch.node: one for one in decoder.step()} for decoder in self.decoders)
@@ -111,7 +112,7 @@ class Pair:
         for place, tree in enumerate(self.trees):
             tree.check_integrity()
             stored = {node: len(self.steps[node].token_ids) - len(self.leaves[node][place].pending) for node in read}
-            self.log[place].append(({**stored, **self.live}, tree.resident_tokens))
+            self.log[place].append(({**stored, **self.live}, tree.resident_tokens))  # all have joined by now
         self.pages.append((self.trees[0].resident_pages, self.trees[1].resident_pages))
 
     def release(self, node: int) -> None:

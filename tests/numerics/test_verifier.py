@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ets_engine.config import EngineConfig
-from ets_engine.errors import ContextLengthError
-from ets_engine.models import PrmVerifier, TrlFormat
+from ets_engine.errors import ContextLengthError, PoolExhaustedError
+from ets_engine.models import PrmVerifier, TrlFormat, score_together
 from ets_engine.runtime import Runner
 from ets_engine.scorers import CallableVerifier
 
@@ -108,6 +108,36 @@ def test_two_searches_do_not_mix() -> None:
     assert first.usage.tokens == alone.usage.tokens and first.usage.peak_tokens == alone.usage.peak_tokens
     first.close()
     assert runner.tree.resident_tokens == runner.tree.resident_tokens_of("b") == second.usage.tokens
+
+
+def test_new_problems_are_read_in_one_pass_and_equal_ones_once() -> None:
+    runner = Runner(tiny_prm("llama"), EngineConfig(page_tokens=4))
+    problems = [PROBLEM, "what is 2+2?", PROBLEM, "what is 3+3?"]
+    verifiers = [PrmVerifier(runner, TrlFormat(tiny_tokenizer()), one, search=i) for i, one in enumerate(problems)]
+    expected = []
+    for problem in problems:
+        alone, _ = verifier_for(problem=problem)
+        expected.append(alone.score([1], [0], ["two"]))
+    found = score_together([(one, [1], [0], ["two"]) for one in verifiers])
+    assert [pytest.approx(one, abs=1e-5) for one in expected] == found
+    assert runner.stats.forwards == 3, "three problems, the rest of the repeated one, the steps"
+    assert runner.stats.tokens == 3 * ROOT_TOKENS + ROOT_TOKENS % 4 + 4 * len("two\n"), (
+        "all pages but the last are known"
+    )
+    for verifier in verifiers:
+        verifier.close()
+    runner.tree.check_integrity()
+
+
+def test_a_full_pool_leaves_no_new_problem_half_read() -> None:
+    runner = Runner(tiny_prm("llama"), EngineConfig(page_tokens=4, kv_pool_tokens=32, prefix_cache_tokens=0))
+    problems = [f"what is {i}+{i}?" for i in range(3)]
+    verifiers = [PrmVerifier(runner, TrlFormat(tiny_tokenizer()), one, search=one) for one in problems]
+    with pytest.raises(PoolExhaustedError):
+        score_together([(one, [1], [0], ["two"]) for one in verifiers])
+    runner.tree.check_integrity()
+    assert len(runner.tree) == 0
+    assert not math.isnan(verifiers[0].score([1], [0], ["two"])[0])
 
 
 def test_what_outgrows_the_context_fails_alone() -> None:
