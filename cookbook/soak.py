@@ -6,6 +6,7 @@ engine's books checked: no page owned, every future done, memory flat. Then rand
 a typed error or a result. Prints a table and appends a row to `results/soak.jsonl`.
 
     python cookbook/soak.py                      # 2,000 searches and 10,000 bad inputs; minutes
+    python cookbook/soak.py --processes 2        # the same in two
     python cookbook/soak.py --searches 200 --inputs 500
 """
 
@@ -92,11 +93,12 @@ def submit_one(engine: ETSEngine, rng: Random, problem: str) -> tuple[str, Futur
     return fate, future
 
 
-def soak(searches: int, seed: int) -> dict[str, object]:
+def soak(searches: int, seed: int, processes: int) -> dict[str, object]:
     """Many searches at once; what came out, and the books afterwards."""
     rng = Random(f"soak/{seed}")
     problems = [draw(rng, "countdown", rng.choice((4, 5, 6)), held_out=True)[0].problem for _ in range(200)]
-    config = EngineConfig(device="cpu", kv_pool_tokens=1536, prefix_cache_tokens=256, max_queued_searches=24)
+    tiny = {"kv_pool_tokens": 1536, "prefix_cache_tokens": 256, "max_queued_searches": 24}
+    config = EngineConfig(device="cpu", processes=processes, **tiny)
     outcomes: Counter[str] = Counter()
     memory_mb: list[float] = []
     lost = 0
@@ -120,6 +122,7 @@ def soak(searches: int, seed: int) -> dict[str, object]:
     half = len(memory_mb) // 2
     return {
         "searches": searches,
+        "processes": processes,
         "seconds": round(seconds, 1),
         "lost_futures": lost,
         "kv_tokens_owned_at_the_end": owned,
@@ -189,9 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--searches", type=int, default=2000)
     parser.add_argument("--inputs", type=int, default=10000)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    row: dict[str, object] = {"bench": "soak", **soak(options.searches, options.seed)}
+    row: dict[str, object] = {"bench": "soak", **soak(options.searches, options.seed, options.processes)}
     row |= try_bad_inputs(options.inputs, options.seed)
     row |= {**provenance(), "seed": options.seed}
     for name, value in row.items():

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import threading
+import traceback
 from concurrent.futures import Future
 from functools import partial
 
@@ -36,14 +37,15 @@ def main(handle: int) -> None:
     channel, engine = Channel(handle), os.getppid()
     try:
         order = channel.get()
-        assert isinstance(order, Order)
-        worker, own = _load(order)
-        channel.put(Ready(None))
     except (EOFError, OSError):
         return
+    assert isinstance(order, Order)
+    try:
+        worker, own = _load(order)
     except Exception as error:
         channel.put(Ready(portable(error)))
     else:
+        channel.put(Ready(None))
         _Host(channel, worker, own, engine).serve()
     channel.close()
 
@@ -95,6 +97,9 @@ class _Host:
             self._worker.stop()
             self._stops.clear()
             self._close()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # whoever waits for this process finds it gone
 
     def _close(self) -> None:
         with self._changed:
@@ -106,7 +111,7 @@ class _Host:
         try:
             job = unpack(packed, self._own, lambda event: self._channel.put(Told(number, event)), stop)
             self._worker.submit(job)
-        except Exception:
+        except BaseException:  # of a module that a function of the caller's is in, `SystemExit` for instance
             self._channel.put(Refused(number))
             self._forget(number)
         else:

@@ -239,26 +239,32 @@ ScoreRequest = tuple[PrmVerifier, Sequence[int], Sequence[int], Sequence[str]]
 
 
 def open_together(verifiers: Sequence[PrmVerifier]) -> None:
-    """`PrmVerifier.open` for several verifiers of one PRM; problems that are all new to it are read in one batch.
+    """`PrmVerifier.open` for several verifiers of one PRM; problems that are new to it are read together.
 
-    Of equal problems one is read, and the others find it.
+    Where some begin alike beyond what the PRM knows, one of them goes first, so that the others find it.
 
     Raises:
         PoolExhaustedError: The pool is full; some may be open.
     """
-    new = list({tuple(one.problem_ids): one for one in verifiers if one.is_new}.values())
-    if len(new) > 1:
+    new = [one for one in verifiers if one.is_new]
+    while len(new) > 1:
         runner, begun = new[0].runner, list[tuple[int, list[int]]]()
         try:
             for verifier in new:
                 begun.append(verifier.begin())
-            runner.extend_last(begun)
+            beginnings = [tuple(ids[: runner.tree.pool.page_tokens]) for _, ids in begun]
+            first = {ids: place for place, ids in reversed([*enumerate(beginnings)])}
+            runner.extend_last([begun[place] for place in first.values()])
         except BaseException:
             for handle, _ in begun:
                 runner.tree.release(handle)
             raise
-        for verifier, (handle, _) in zip(new, begun, strict=True):
-            verifier.accept_problem(handle)
+        for place in range(len(new)):
+            if first[beginnings[place]] == place:
+                new[place].accept_problem(begun[place][0])
+            else:
+                runner.tree.release(begun[place][0])
+        new = [one for one in new if one.is_new]
     for verifier in verifiers:
         verifier.open()
 

@@ -126,7 +126,7 @@ class StepDecoder:
     def step(self) -> list[FinishedBranch]:
         """One token for every live branch: sample, stop those that are done, feed the others.
 
-        Waiting branches join afterwards, and at once where there are no others.
+        Waiting branches join at once; those below a finished step, where others are live, once it was read with them.
 
         Returns:
             Branches whose step ended, in no order that matters.
@@ -136,19 +136,18 @@ class StepDecoder:
                 and step again.
         """
         joining = [branch for branch in self._waiting if self._tokens_left(branch) > 0]
-        if self._rows:
-            finished = self._decode([branch.parent for branch in joining if self._is_short(branch.parent)])
-            self._admit(joining)
-        else:
-            self._admit(joining)
-            finished = self._decode() if self._rows else []
+        short = [branch for branch in joining if self._rows and self._is_short(branch.parent)]
+        late = {id(branch) for branch in short}
+        self._admit([branch for branch in joining if id(branch) not in late])  # may find the pool full
+        finished = self._decode([branch.parent for branch in short]) if self._rows else []  # so may this
+        self._admit(short)  # but not this: nothing is left to be read
         finished += [self._without_room(branch) for branch in self._waiting]
         self._waiting = []
         return finished
 
     def _is_short(self, parent: Leaf) -> bool:
-        """Whether a leaf is read in the pass that feeds the rows: a token more in that one, and no pass of its own."""
-        return len(parent.pending) == 1 and not self.runner.runs_ahead
+        """Whether a leaf needs no pass of its own: the one that feeds the rows can read what is left of it."""
+        return len(parent.pending) <= 1 and not self.runner.runs_ahead
 
     def _admit(self, joining: Sequence[Branch]) -> None:
         """Open some waiting branches' parents, fork, and put the children among the rows."""
@@ -209,7 +208,7 @@ class StepDecoder:
             elif going or unread:
                 fed = [(handle, [part.token]) for part, handle in going]
                 read = self.runner.extend_last(fed + [(leaf.handle, leaf.pending) for leaf in unread])
-                states, opened = read[: len(going)], read[len(going) :]
+                states, opened = read[: len(going)], read[len(going) :].clone()  # leaves live longer than rows
         except BaseException:
             if ahead is not None:
                 self._forget_last(range(len(rows)))

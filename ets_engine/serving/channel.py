@@ -7,6 +7,8 @@ import threading
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
+FLUSH_S = 30.0  # how long closing waits for the other end to read what there is
+
 
 class Channel:
     """Messages to and from another process, pickled.
@@ -58,7 +60,7 @@ class Channel:
     def close(self) -> None:
         """Send what there is, as long as anybody reads it, and close this end."""
         self._outbox.put(None)
-        self._writer.join()
+        self._writer.join(FLUSH_S)  # who keeps the other end open need not read it
         self._connection.close()
 
     def _write(self) -> None:

@@ -7,10 +7,10 @@ import os
 import pickle
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ets_engine.errors import EngineClosedError
+from ets_engine.errors import EngineClosedError, EngineError
 from ets_engine.protocols import OnEvent
 from ets_engine.scorers import EvidenceScorer
 from ets_engine.serving.helper import Helper
@@ -115,7 +115,7 @@ class Crew:
             helper.put(Close())
         if wait:
             with self._changed:
-                self._changed.wait_for(lambda: not self._num_lent)
+                self._changed.wait_for(lambda: self._num_lent <= 0)
             self._worker.close()
             for helper in self._helpers:
                 helper.join()
@@ -145,6 +145,7 @@ class Crew:
                 helper.num_jobs += 1
                 helper.put(Take(job.number, packed))
             except BaseException:  # Ctrl-C for instance
+                helper.put(Stop(job.number))
                 if self._forget(job.number):
                     self._num_lent -= 1
                 raise
@@ -169,7 +170,7 @@ class Crew:
         """So many jobs are delivered, or back in the worker."""
         with self._changed:
             self._num_lent -= count
-            is_over = self._is_closing and not self._num_lent
+            is_over = self._is_closing and self._num_lent <= 0
             self._changed.notify_all()
         if is_over:
             self._worker.close(wait=False)
@@ -200,7 +201,7 @@ class Crew:
             if job.future.cancelled():
                 if self._forget(job.number):
                     job.future.set_running_or_notify_cancel()  # those who wait for it are told
-                    guest.courier.end(lambda: None)
+                    _end(guest, lambda: None)
                     self._settle(1)
             elif not _wants_to_stop(job):
                 continue
@@ -213,8 +214,8 @@ class Crew:
             helper.is_alive = False
             left = [one for one in self._guests.values() if one.helper is helper]
         for guest in left:
-            self._forget(guest.job.number)
-            self._take_back(guest)
+            if self._forget(guest.job.number):
+                self._take_back(guest)
 
     def _deliver(self, guest: _Guest, packed: bytes) -> None:
         """Complete a job's future, in the thread of its callbacks."""
@@ -227,7 +228,7 @@ class Crew:
             except BaseException as error:  # of the caller's view
                 complete(job, error)
 
-        guest.courier.end(resolve if job.future.set_running_or_notify_cancel() else lambda: None)
+        _end(guest, resolve if job.future.set_running_or_notify_cancel() else lambda: None)
         self._settle(1)
 
     def _take_back(self, guest: _Guest) -> None:
@@ -248,8 +249,18 @@ class Crew:
         if self._is_stopping:
             complete(job, EngineClosedError("the process ended while this search ran"))
             self._settle(1)
-        else:
-            guest.courier.end(readmit)
+        elif not _end(guest, readmit):
+            self._settle(1)
+
+
+def _end(guest: _Guest, task: Callable[[], object]) -> bool:
+    """Do a last thing for a job after its callbacks, and whether it could be; else the job ends with the reason."""
+    try:
+        guest.courier.end(task)
+    except RuntimeError as error:  # no thread can be started
+        complete(guest.job, EngineError(f"this search ended, and nobody can be told what it found: {error}"))
+        return False
+    return True
 
 
 def _wants_to_stop(job: Job) -> bool:

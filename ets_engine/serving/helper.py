@@ -70,7 +70,7 @@ class Helper:
             )
             self._channel = Channel(ours.detach())
         self._thread: threading.Thread | None = None
-        self._is_expected_to_end = False
+        self._is_expected_to_end = self._is_killed = False
         self.num_jobs = 0
         self.is_alive = True
         self.stats: EngineStats | None = None
@@ -117,7 +117,7 @@ class Helper:
 
     def kill(self) -> None:
         """End it at once."""
-        self.expect_end()
+        self._is_killed = True
         self._process.kill()
         if self._thread is None:
             self._reap()
@@ -134,6 +134,8 @@ class Helper:
             while True:
                 if self._channel.poll(POLL_S if self.num_jobs else IDLE_S):
                     listener.hear(self, self._channel.get())
+                elif self._process.poll() is not None:  # a fork of somebody's may keep its end of the socket open
+                    break
                 if time.monotonic() - looked_s >= POLL_S:
                     listener.look_after(self)
                     looked_s = time.monotonic()
@@ -146,7 +148,7 @@ class Helper:
         listener.part(self)
         code = self._reap()
         self._channel.close()
-        if num_left or not self._is_expected_to_end:
+        if not self._is_killed and (num_left or not self._is_expected_to_end):
             _LOGGER.warning(
                 "a helper process ended with code %s; its %d searches begin anew in the engine's own", code, num_left
             )

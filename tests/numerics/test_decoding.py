@@ -152,6 +152,21 @@ def test_whose_step_goes_on_is_read_in_the_pass_that_feeds_the_others(
     runner.tree.check_integrity()
 
 
+def test_a_prompt_without_room_takes_no_finished_step_with_it() -> None:
+    decoder = decoder_for("llama", kv_pool_tokens=24)
+    short, long = decoder.leaves.start(PROMPT[:1], "a"), decoder.leaves.start(PROMPT[:1] * 22, "b")
+    decoder.submit([branch(short, 1, max_step_tokens=2)])
+    assert decoder.step() == []
+    decoder.submit([branch(long, 2)])
+    with pytest.raises(PoolExhaustedError):
+        decoder.step()
+    decoder.cancel("b")
+    decoder.leaves.release(long)
+    (found,) = decoder.run()
+    assert found.branch.node == 1 and found.num_sampled == 2
+    decoder.runner.tree.check_integrity()
+
+
 def test_stop_reasons() -> None:
     decoder = decoder_for("llama")
     prompt = decoder.leaves.start(PROMPT, "search")

@@ -97,7 +97,7 @@ class Pair:
             )
         for node in nodes:
             self.parent[node], self.labels[node] = parent, [(len(self.pages), rules, left), node]
-            self.live[node] = -1 if self.decoders[0]._rows else 0
+            self.live[node] = -1 if self.decoders[0]._rows and len(self.leaves[parent][0].pending) <= 1 else 0
 
     def step(self) -> None:
         found, expected = ({one.branch.node: one for one in decoder.step()} for decoder in self.decoders)

@@ -112,7 +112,7 @@ def test_two_searches_do_not_mix() -> None:
 
 def test_new_problems_are_read_in_one_pass_and_equal_ones_once() -> None:
     runner = Runner(tiny_prm("llama"), EngineConfig(page_tokens=4))
-    problems = [PROBLEM, "what is 2+2?", PROBLEM, "what is 3+3?"]
+    problems = ["1+1 is what?", "2+2 is what?", "1+1 is what?", "3+3 is what?"]
     verifiers = [PrmVerifier(runner, TrlFormat(tiny_tokenizer()), one, search=i) for i, one in enumerate(problems)]
     expected = []
     for problem in problems:
@@ -129,9 +129,26 @@ def test_new_problems_are_read_in_one_pass_and_equal_ones_once() -> None:
     runner.tree.check_integrity()
 
 
+def test_problems_that_begin_alike_read_their_beginning_once() -> None:
+    problems = [f"instructions for all of them: what is {i}+{i}?" for i in (1, 2, 1, 3, 1)]
+    read, held = [], []
+    for together in (True, False):
+        runner = Runner(tiny_prm("llama"), EngineConfig(page_tokens=4))
+        verifiers = [PrmVerifier(runner, TrlFormat(tiny_tokenizer()), one, search=i) for i, one in enumerate(problems)]
+        requests = [(one, [1], [0], ["two"]) for one in verifiers]
+        found = score_together(requests) if together else [score_together([one])[0] for one in requests]
+        assert [pytest.approx(found[0], abs=1e-5)] * 2 == [found[2], found[4]]
+        read.append(runner.stats.tokens)
+        held.append(runner.tree.resident_tokens)
+        for verifier in verifiers:
+            verifier.close()
+        runner.tree.check_integrity()
+    assert read[0] == read[1] and held[0] == held[1]
+
+
 def test_a_full_pool_leaves_no_new_problem_half_read() -> None:
     runner = Runner(tiny_prm("llama"), EngineConfig(page_tokens=4, kv_pool_tokens=32, prefix_cache_tokens=0))
-    problems = [f"what is {i}+{i}?" for i in range(3)]
+    problems = [f"{i}+{i} is what?" for i in range(3)]
     verifiers = [PrmVerifier(runner, TrlFormat(tiny_tokenizer()), one, search=one) for one in problems]
     with pytest.raises(PoolExhaustedError):
         score_together([(one, [1], [0], ["two"]) for one in verifiers])
