@@ -147,8 +147,8 @@ class SearchOptions(TypedDict, total=False):
         verifier: `verifier(problem, steps) -> [0, 1]` judges the last step, instead of the service's own verifier; an
             `EvidenceScorer` only where the service runs the policy itself.
         selector: Decides which leaves live, instead of the one that `config.strategy` names; it holds up everybody.
-        view: How solution texts map to answers, instead of the service's own; an engine of several processes may call it
-            in several threads at once.
+        view: How solution texts map to answers, instead of the service's own; an engine of several processes may call
+            it in several threads at once.
         tools: Functions that the policy may call, as JSON schemas in OpenAI's layout; nothing calls them here.
         problem_text: What verifiers and views read as the problem, instead of the conversation's text.
         read_step: What the service's own verifier reads of a step's text: markup that a framework asked the policy for
