@@ -219,11 +219,6 @@ class PrmVerifier:
         self.retain(())
 
     @property
-    def problem_ids(self) -> Sequence[int]:
-        """The problem as the PRM reads it."""
-        return self._root_ids
-
-    @property
     def root_tokens(self) -> int:
         """Tokens of the problem as the PRM reads it (count)."""
         return len(self._root_ids)
