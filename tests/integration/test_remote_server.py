@@ -72,7 +72,11 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def test_a_search_over_transformers_serve_solves_problems(served: str) -> None:
-    """Four samples with this PRM solve two of three such problems; the server samples by the seed it is sent."""
+    """Four samples with this PRM solve these two problems (80 of 80 times).
+
+    The server has one generator for all its requests and each seeds it, so that what is drawn hangs on their order: now
+    and then all of a prompt's first steps are the same (1 of 32 times), never all of a search's.
+    """
     problems = [row.problem for row in generate_problems("countdown", 4, seed=1, count=2)]
     config = SearchConfig(strategy="ets", width=4, max_step_tokens=32, seed=0, trace=True)
     with connect(served, PrmScorer.from_pretrained("reference"), boundaries=["\n"], tokenizer=policy_path()) as engine:
@@ -83,9 +87,9 @@ def test_a_search_over_transformers_serve_solves_problems(served: str) -> None:
     for result in results:
         assert result.num_errors == 0 and result.kv is not None and result.trace is not None
         assert result.prompt_tokens > 10 and result.kv.sharing_ratio > 1
-        first = [node for node in result.trace if node.depth == 1]
-        assert len({node.text for node in first}) > 1, "it samples"
-        assert all(node.text.endswith("\n") for node in first if node.stop is StopReason.BOUNDARY)
+        steps = [node for node in result.trace if node.depth]
+        assert len({(node.parent, node.text) for node in steps}) > len({node.parent for node in steps}), "it samples"
+        assert all(node.text.endswith("\n") for node in steps if node.stop is StopReason.BOUNDARY)
 
 
 def test_a_bench_over_transformers_serve_reads_the_families_answers(served: str, tmp_path: Path) -> None:
