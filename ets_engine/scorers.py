@@ -152,7 +152,7 @@ class Ensemble:
     ends. A score outside [0, 1] is handed on as it is, for the search to refuse.
 
     Args:
-        scorers: At least one; a PRM among them is a `PrmScorer`, which reads its paths anew at every depth.
+        scorers: At least one; a PRM among them is a `PrmScorer`.
         combine: "mean", "min" (the strictest decides) or "prod" (as if they erred independently).
         weights: Of the mean, one per scorer, >= 0 and not all 0; None = all alike.
         id: Names it in caches, None = searches with it are never mixed with any other's.
