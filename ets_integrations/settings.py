@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import secrets
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any, Literal
 
 from ets_engine.config import SearchConfig
@@ -52,8 +53,9 @@ def fresh_seed() -> int:
 def verifier_name(verifier: str | Callable[..., Any] | object | None) -> str | None:
     """What tells one verifier from another in a cache key, None where nothing reliable does.
 
-    A PRM is its name, an object with a text `id` that, and a function its module, name and source, provided that it
-    closes over nothing and its defaults are plain values: two closures of one source may judge differently.
+    A PRM is its name, an object with a text `id` that, and a function its module, name, source, and the plain values of
+    its module that it reads. A lambda has none (several may share a line), nor has a function that closes over
+    something, or whose defaults or globals may change: two of one source may judge differently.
 
     Example:
         >>> verifier_name("path/to/prm")
@@ -67,14 +69,27 @@ def verifier_name(verifier: str | Callable[..., Any] | object | None) -> str | N
         return verifier
     if isinstance(name := getattr(verifier, "id", None), str):
         return name
-    if not inspect.isfunction(verifier) or verifier.__closure__:
+    if not inspect.isfunction(verifier) or verifier.__closure__ or verifier.__name__ == "<lambda>":
         return None
+    read = {name: verifier.__globals__[name] for name in _names(verifier.__code__) if name in verifier.__globals__}
+    values = {name: one for name, one in read.items() if not _is_code(one)}
     defaults = [*(verifier.__defaults__ or ()), *(verifier.__kwdefaults__ or {}).values()]
-    if any(not isinstance(one, str | int | float | None) for one in defaults):
+    if any(not isinstance(one, str | int | float | None) for one in [*defaults, *values.values()]):
         return None  # it may change
     try:
         source = inspect.getsource(verifier)
     except (OSError, TypeError):
         return None
-    digest = hashlib.sha256(f"{source}{defaults!r}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{source}{defaults!r}{sorted(values.items())!r}".encode()).hexdigest()[:16]
     return f"py:{verifier.__module__}.{verifier.__qualname__}:{digest}"
+
+
+def _names(code: CodeType) -> set[str]:
+    """Every name that is looked up outside of a function, in the functions and comprehensions within it too."""
+    inner = [_names(one) for one in code.co_consts if isinstance(one, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _is_code(value: object) -> bool:
+    """Whether this is a module, a class or a function, which a program does not change as it runs."""
+    return inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value)

@@ -1,6 +1,6 @@
 """Who may import whom, read from the sources without running them.
 
-    errors, types, config, messages, catalog; errors <- scorers <- protocols <- search <- results
+    errors, types, config, messages, marks, catalog; errors <- scorers <- protocols <- search <- results
     kv, attention (which do not know each other) <- runtime <- models
     models, reference <- loading; results, models <- serving; loading, serving <- helper_process
     loading, serving, answers <- service <- services <- evaluation, ets_integrations
@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"errors"},
     "messages": {"errors"},
     "scorers": {"errors"},
+    "marks": set(),
     "catalog": set(),
     "lexical": set(),
     "protocols": BASE | {"messages", "scorers"},
@@ -52,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
     | {"messages", "protocols", "scorers", "search", "runtime", "reference", "answers", "models", "loading", "serving"},
     "helper_process": BASE | {"scorers", "search", "runtime", "models", "loading", "serving"},
     "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "registry", "search", "results", "answers"},
-    "remote": BASE | {"messages", "protocols", "scorers", "search", "results", "models", "hosted"},
+    "remote": BASE | {"marks", "messages", "protocols", "scorers", "search", "results", "models", "hosted"},
     "registry": BASE | {"protocols"},
     "services": BASE | {"protocols", "registry", "service", "remote"},
     "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service", "services"},

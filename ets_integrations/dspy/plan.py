@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import dspy
 from dspy import lm15
@@ -122,7 +123,10 @@ class Plan:
         turn = read_turn(text, self.toolbox)
         output: dict[str, Any] = {"text": turn.text}
         if turn.calls:
-            output["tool_calls"] = [{"function": {"name": one.name, "arguments": one.arguments}} for one in turn.calls]
+            output["tool_calls"] = [
+                {"id": f"call_{uuid4().hex[:24]}", "function": {"name": one.name, "arguments": one.arguments}}
+                for one in turn.calls
+            ]
         return self.adapter._call_postprocess(self.rendered, self.signature, [output], self.lm, self.config)[0]
 
     def _prediction(self, text: str) -> dspy.Prediction | None:

@@ -16,7 +16,7 @@ from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import ConfigError
 from ets_engine.hosted import HostedEngine, ProposalRequest
 from ets_engine.remote import JudgeVerifier, PoolingVerifier, Replicas, Server
-from ets_engine.remote.verifier import PrmLayout, find_layout, read_mark
+from ets_engine.remote.verifier import PrmLayout, find_layout
 from ets_engine.scorers import BatchScorer
 from ets_engine.types import Step, StopReason
 
@@ -226,35 +226,6 @@ def test_a_judge_marks_steps(reach: Reach, caplog: pytest.LogCaptureFixture) -> 
 def test_a_judge_without_a_message_is_illegible(reach: Reach, reply: Any) -> None:
     [found] = JudgeVerifier(reach(lambda body: reply)[0], "j").score_many("p", [["s"]])
     assert math.isnan(found)
-
-
-@pytest.mark.parametrize(
-    ("said", "scale", "mark"),
-    [
-        ("0.8", 1, 0.8),
-        ("Score: 8", 10, 0.8),
-        ("8/10", 10, 0.8),
-        ("4 out of 5, as step 2 is loose", 5, 0.8),
-        ("80/100", 5, 0.8),
-        ("80%", 10, 0.8),
-        ("The probability 1/2 is right. 9", 10, 0.9),
-        ("2 of 3 steps are fine. 4", 10, 0.4),
-        ("It improves by 50%. Score: 2", 10, 0.2),
-        ("1/2 is right.", 10, None),
-        ("<think> Step 1 gives 7 and then", 10, None),
-        ("<think>4</think> 9 <think>so", 10, None),
-        ("<think>2/10? No.</think>\n\n9", 10, 0.9),
-        ("<think>8</think>\n\nIt is fine.", 10, None),
-        ("1. The sum is right.\n2. So is the rest.\n10", 10, 1.0),
-        ("-3", 10, None),
-        ("12", 10, None),
-        ("3/0", 10, None),
-        ("fine", 10, None),
-        ("", 10, None),
-    ],
-)
-def test_marks(said: str, scale: float, mark: float | None) -> None:
-    assert read_mark(said, scale) == mark
 
 
 def test_a_reply_that_was_cut_off_is_no_mark(reach: Reach, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,6 +34,13 @@ def with_default(value: float) -> Any:
     return judge
 
 
+LIMIT = 3
+
+
+def reading_a_value(problem: str, steps: Any) -> float:
+    return float(any(len(step) > LIMIT for step in steps))
+
+
 class Named:
     id = "my-judge"
 
@@ -69,6 +76,18 @@ def test_defaults_are_part_of_a_name() -> None:
     assert verifier_name(first) == verifier_name(again) != verifier_name(second)
 
 
-@pytest.mark.parametrize("verifier", [make(0.5), with_list, object(), one.__call__], ids=range(4))
+def test_a_value_of_the_module_is_part_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = verifier_name(reading_a_value)
+    assert first == verifier_name(reading_a_value) is not None
+    monkeypatch.setitem(globals(), "LIMIT", 4)
+    assert verifier_name(reading_a_value) not in (None, first)
+    monkeypatch.setitem(globals(), "LIMIT", [4])
+    assert verifier_name(reading_a_value) is None
+
+
+FIRST, SECOND = lambda problem, steps: 0.1, lambda problem, steps: 0.9  # one line, two verifiers
+
+
+@pytest.mark.parametrize("verifier", [make(0.5), with_list, object(), one.__call__, FIRST, SECOND], ids=range(6))
 def test_what_could_be_mistaken_for_another_has_no_name(verifier: Any) -> None:
     assert verifier_name(verifier) is None

@@ -15,7 +15,7 @@ from dspy.streaming import StatusMessage, StreamListener, StreamResponse
 
 from ets_engine.config import SearchConfig
 from ets_engine.hosted import ProposalRequest
-from ets_integrations.dspy import ETSLM, ETSReasoner
+from ets_integrations.dspy import ETSLM, ETSPredict, ETSReasoner
 
 QUESTION = {"question": "What is 20+22?"}
 SMALL = {"width": 4, "strategy": "rebase"}
@@ -145,6 +145,31 @@ def test_react_v2_calls_tools_natively(chat: Any) -> None:
     assert (sent[called + 1]["role"], sent[called + 1]["content"]) == ("tool", "42")
     assert sent[called + 1]["tool_call_id"] == sent[called]["tool_calls"][0]["id"]
     assert {tool["function"]["name"] for tool in engine.script.requests[0].tools} == {"add", "submit"}
+
+
+@pytest.mark.parametrize("module", [dspy.Predict, ETSPredict])
+def test_a_history_of_tool_calls_reaches_the_model(chat: Any, module: Any) -> None:
+    """DSPy leaves out turns whose calls have no ids."""
+
+    class Act(dspy.Signature):
+        question: str = dspy.InputField()
+        history: dspy.History = dspy.InputField()
+        tools: list[dspy.Tool] = dspy.InputField()
+        outputs: dspy.ToolCalls = dspy.OutputField()
+
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    engine = chat.scripted(lambda request, place: call)
+    lm = ETSLM(service=engine, search=SMALL, cache=False)
+    act, tools = module(Act), [dspy.Tool(add)]
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter(use_native_function_calling=True)):
+        asked = act(question="1+2?", history=dspy.History(messages=[]), tools=tools).outputs
+        ids = {one.id for one in asked.tool_calls}
+        assert None not in ids and len(ids) == 1
+        result = dspy.ToolCallResults.from_tool_calls_and_values(asked, [3])
+        turn = {"question": "1+2?", "outputs": asked.model_copy(update={"tool_call_results": result})}
+        act(question="and now?", history=dspy.History(messages=[turn]), tools=tools)
+    sent = [message["role"] for message in engine.script.requests[-1].messages]
+    assert sent == ["system", "user", "assistant", "tool", "user"]
 
 
 def test_best_of_n_gets_other_answers(chat: Any) -> None:
