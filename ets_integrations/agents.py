@@ -11,11 +11,13 @@ from typing import Any
 
 from langchain.agents.middleware.types import AgentMiddleware, ModelRequest, ModelResponse
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
+from langchain_core.runnables import RunnableLambda
 
 from ets_engine.errors import ConfigError
 from ets_engine.messages import problem_text
 from ets_engine.scorers import CallableVerifier, Scorer
 from ets_integrations.langchain.chat import ChatETS
+from ets_integrations.langchain.inner_calls import INNER
 from ets_integrations.langchain.messages import from_langchain
 
 Condition = Callable[[ModelRequest[Any]], bool]
@@ -63,6 +65,7 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
         when: Which calls are searched: `always`, `first_turn`, `no_pending_tools`, `budget_left(2)`, or any function
             of the request.
         tools: Whether the searched call may ask for tools; a policy without a chat template needs False.
+        name: Of this middleware in traces, None = the class's. An agent takes several under different names.
         settings: Of these searches, as `width=8`.
 
     Example:
@@ -71,15 +74,29 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
         )
     """
 
-    def __init__(self, model: ChatETS, when: Condition = always, *, tools: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: ChatETS,
+        when: Condition = always,
+        *,
+        tools: bool = True,
+        name: str | None = None,
+        **settings: Any,
+    ) -> None:
         """See the class."""
         super().__init__()
         self.tools = []
+        self._name = name
         self._model = model
         self._when = when
         self._may_call = tools
         self._settings = settings
         model.resolve_search(settings)  # refuses what no search could honour
+
+    @property
+    def name(self) -> str:
+        """What tells it from the agent's other middleware."""
+        return self._name or super().name
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -103,7 +120,9 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
 class VerifierMiddleware(AgentMiddleware[Any, Any, Any]):
     """Asks the agent's own model several times and keeps the turn that a verifier likes best.
 
-    That is best-of-N over any model, a hosted one too; it shares no KV cache, so it costs N calls.
+    That is best-of-N over any model, a hosted one too; it shares no KV cache, so it costs N calls. LangGraph's
+    `stream_mode="messages"` shows the kept turn alone, whole; what is no text in the conversation, the model reads and
+    the verifier does not.
 
     Args:
         verifier: `verifier(problem, steps) -> [0, 1]`, a `RunnableVerifier`, a judge, or a `PrmScorer`; the turn is
@@ -134,8 +153,10 @@ class VerifierMiddleware(AgentMiddleware[Any, Any, Any]):
         """The best of some calls."""
         if not self._when(request):
             return handler(request)
+        draft = RunnableLambda(lambda _: handler(request), name="draft")
         with ThreadPoolExecutor(self._samples) as pool:
-            calls = [pool.submit(contextvars.copy_context().run, handler, request) for _ in range(self._samples)]
+            runs = [contextvars.copy_context().run for _ in range(self._samples)]
+            calls = [pool.submit(run, draft.invoke, None, INNER) for run in runs]
         found = [call.exception() or call.result() for call in calls]
         return self._pick(request, found)
 
@@ -145,7 +166,13 @@ class VerifierMiddleware(AgentMiddleware[Any, Any, Any]):
         """The best of some calls."""
         if not self._when(request):
             return await handler(request)
-        found = await asyncio.gather(*(handler(request) for _ in range(self._samples)), return_exceptions=True)
+
+        async def call(_: None) -> ModelResponse[Any]:
+            return await handler(request)
+
+        draft = RunnableLambda(call, name="draft")
+        drafts = (draft.ainvoke(None, INNER) for _ in range(self._samples))
+        found = await asyncio.gather(*drafts, return_exceptions=True)
         return await asyncio.to_thread(self._pick, request, found)
 
     def _pick(
@@ -154,7 +181,7 @@ class VerifierMiddleware(AgentMiddleware[Any, Any, Any]):
         turns = [one for one in found if not isinstance(one, BaseException)]
         if not turns:
             raise next(one for one in found if isinstance(one, BaseException))
-        judged = CallableVerifier(self._verifier, problem_text(from_langchain(request.messages)))
+        judged = CallableVerifier(self._verifier, problem_text(from_langchain(request.messages, texts_only=True)))
         nodes = range(1, len(turns) + 1)
         scores = judged.score(nodes, [0] * len(turns), [_text(turn) for turn in turns])
         ranked = [-1.0 if math.isnan(score) else score for score in scores]

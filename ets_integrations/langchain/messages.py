@@ -16,27 +16,35 @@ from ets_engine.tool_calls import Turn
 from ets_engine.types import SearchResult
 
 ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+_TEXTS = {"text": "text", "output_text": "text", "refusal": "refusal"}  # of a block's type, the key of its text
+_ASIDES = ("tool_use", "tool_call", "reasoning", "thinking", "non_standard")  # left out of any message
 
 
-def from_langchain(messages: Sequence[BaseMessage]) -> list[Message]:
+def from_langchain(messages: Sequence[BaseMessage], *, texts_only: bool = False) -> list[Message]:
     """The conversation as chat templates take it.
 
+    Of an assistant's content the text is read; its other blocks repeat calls or are the provider's own bookkeeping.
+
+    Args:
+        messages: A conversation, of whichever model.
+        texts_only: Leave out what is no text, an image, instead of refusing it.
+
     Raises:
-        ConfigError: A message holds something else than text, or is of an unknown kind.
+        ConfigError: Another message holds something else than text, or one is of an unknown kind.
 
     Example:
         >>> from langchain_core.messages import HumanMessage
         >>> from_langchain([HumanMessage("What is 1+1?")])
         [{'role': 'user', 'content': 'What is 1+1?'}]
     """
-    return [_one(message) for message in messages]
+    return [_one(message, texts_only) for message in messages]
 
 
-def _one(message: BaseMessage) -> Message:
+def _one(message: BaseMessage, texts_only: bool) -> Message:
     role = getattr(message, "role", None) or ROLES.get(message.type.removesuffix("MessageChunk").lower())
     if role is None:
         raise ConfigError(f"message of type {message.type!r}: send human, ai, system and tool messages")
-    found: dict[str, Any] = {"role": role, "content": _text(message)}
+    found: dict[str, Any] = {"role": role, "content": _text(message, texts_only or role == "assistant")}
     if message.name:
         found["name"] = message.name
     if isinstance(message, AIMessage) and message.tool_calls:
@@ -51,17 +59,16 @@ def _one(message: BaseMessage) -> Message:
     return found
 
 
-def _text(message: BaseMessage) -> str:
+def _text(message: BaseMessage, texts_only: bool) -> str:
     if isinstance(message.content, str):
         return message.content
     parts: list[str] = []
     for block in message.content:
         if isinstance(block, str):
             parts.append(block)
-        elif block.get("type") == "text":
-            parts.append(block["text"])
-        elif block.get("type") not in ("tool_use", "tool_call", "reasoning", "thinking", "non_standard"):
-            kind = block.get("type")
+        elif (kind := block.get("type")) in _TEXTS:
+            parts.append(block[_TEXTS[kind]])
+        elif not texts_only and kind not in _ASIDES:
             raise ConfigError(f"content of type {kind!r} in a {message.type} message: the search reads text alone")
     return "\n".join(parts)
 

@@ -12,6 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage, convert_to_messages
 
 from ets_engine.hosted import ProposalRequest, estimate_tokens
 from ets_engine.types import Step, StopReason
+from ets_integrations.langchain.inner_calls import INNER
 
 _FINAL = re.compile(r"answer is|\\boxed\{|####", re.IGNORECASE)
 _NEXT = (
@@ -65,8 +66,8 @@ class LangChainPolicy:
             [*given, *([AIMessage(partial)] if partial else []), HumanMessage(self._instruction)]
             for partial in request.partials
         ]
-        model: Any = self._model.bind_tools(list(request.tools)) if request.tools else self._model
-        return [self._read(reply) for reply in model.batch(turns, return_exceptions=True)]
+        model: Any = self._model.bind_tools([dict(tool) for tool in request.tools]) if request.tools else self._model
+        return [self._read(reply) for reply in model.batch(turns, INNER, return_exceptions=True)]
 
     def _read(self, reply: AIMessage | Exception) -> Step:
         if isinstance(reply, Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,9 @@ from langchain_core.messages import BaseMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+from ets_engine.marks import read_mark
+from ets_integrations.langchain.inner_calls import INNER
+
 _JUDGE = ChatPromptTemplate.from_messages(
     [
         (
@@ -51,15 +52,15 @@ class RunnableVerifier:
     def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> list[float]:
         """Scores of the paths' last steps, NaN for one that cannot be judged."""
         given = [{"problem": problem, "steps": list(path), "text": "".join(path)} for path in paths]
-        found = self._runnable.batch(given, return_exceptions=True)
+        found = self._runnable.batch(given, INNER, return_exceptions=True)
         return [self._read(one) for one in found]
 
     def _read(self, found: Any) -> float:
         if isinstance(found, BaseMessage):
             found = found.text
         if isinstance(found, str):
-            numbers = _NUMBER.findall(found)
-            found = numbers[-1] if numbers else math.nan
+            mark = read_mark(found, self._scale)
+            return math.nan if mark is None else mark
         try:
             score = float(found) / self._scale
         except (TypeError, ValueError):  # an exception, or no number
