@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, closing
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
 from typing import Any, Literal, Self
 
@@ -49,6 +50,8 @@ class ChatETS(SearchSettings, BaseChatModel):
 
     Attributes:
         output: "full" returns the winning solution, "answer" its answer alone, with the solution as reasoning.
+        max_retries: Taken as from every chat model, and not used: a branch that fails leaves the others, and a search
+            that fails is for `with_retry`.
 
     `SearchSettings` has the fields that decide the search. `width`, `strategy`, `temperature` and every other field of
     `SearchConfig` may also be given per call or with `bind`.
@@ -105,7 +108,7 @@ class ChatETS(SearchSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._prepare(messages, stop, kwargs)
+        call = await self.make_off_loop(partial(self._prepare, messages, stop, kwargs), kwargs.get("model"))
         progress = Progress()
         async with aclosing(awatch(call.submit)) as items:
             async for item in items:
@@ -138,7 +141,7 @@ class ChatETS(SearchSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = self._prepare(messages, stop, kwargs)
+        call = await self.make_off_loop(partial(self._prepare, messages, stop, kwargs), kwargs.get("model"))
         progress, said = Progress(), _Said(streams=self._streams_text(call))
         async with aclosing(awatch(call.submit)) as items:
             async for item in items:
@@ -150,7 +153,7 @@ class ChatETS(SearchSettings, BaseChatModel):
 
     def _prepare(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]) -> _Call:
         """One call, checked; nothing is submitted yet."""
-        tools = [convert_to_openai_tool(tool) for tool in kwargs.get("tools") or ()]
+        tools = _read_tools(kwargs.get("tools") or ())
         toolbox = Toolbox(tuple(tools), read_tool_choice(kwargs.get("tool_choice")))
         config = self.draw_seed(self.resolve_search(kwargs, stop=stop), kwargs)
         options = SearchOptions(verifier=self.scorer())
@@ -226,9 +229,9 @@ class ChatETS(SearchSettings, BaseChatModel):
             kwargs: More settings of the calls.
 
         Raises:
-            ConfigError: `tool_choice` names none of the tools.
+            ConfigError: `tool_choice` names none of the tools, or one is no function: a provider's own, for instance.
         """
-        formatted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        formatted = _read_tools(tools, strict)
         choice = read_tool_choice(tool_choice)
         known = ["auto", "none", "any", *(tool["function"]["name"] for tool in formatted)]
         if choice not in known:
@@ -297,6 +300,20 @@ class ChatETS(SearchSettings, BaseChatModel):
 def _read_answer(problem: str, text: str) -> str | None:
     """What a turn without calls votes for: the answer that it states, else all that it says."""
     return extract_answer(text) or text.strip() or None
+
+
+def _read_tools(tools: Sequence[Any], strict: bool | None = None) -> list[dict[str, Any]]:
+    """Tools as OpenAI writes them.
+
+    Raises:
+        ConfigError: One is no function.
+    """
+    formatted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+    for tool in formatted:
+        if "function" not in tool:
+            kind = tool.get("type")
+            raise ConfigError(f"tool of type {kind!r}: only its provider runs it; give a function, a tool or a schema")
+    return formatted
 
 
 @dataclass(frozen=True, slots=True)

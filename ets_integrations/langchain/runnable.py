@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import aclosing, closing
 from functools import partial
 from threading import Event
@@ -12,7 +12,7 @@ from typing import Any, Self
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.messages import BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
-from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
 from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -72,7 +72,7 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[SearchResult]:
-        """Search for all answers together: all are submitted, then waited for.
+        """Search for all answers together: all are submitted, then waited for, or `max_concurrency` at a time.
 
         Args:
             inputs: Questions.
@@ -80,8 +80,13 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
             return_exceptions: Whether what one question raises stands in its place, instead of being raised.
             kwargs: Settings of these searches.
         """
+        first = next(iter(config), None) if isinstance(config, list) else config
+        most = ensure_config(first).get("max_concurrency")  # LangChain reads the first one's too
         return self._batch_with_config(
-            partial(self._search_all, settings=kwargs), inputs, config, return_exceptions=return_exceptions
+            partial(self._search_all, most=most or len(inputs), settings=kwargs),
+            inputs,
+            config,
+            return_exceptions=return_exceptions,
         )
 
     def stream(
@@ -134,7 +139,8 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         self, question: Question, run_manager: AsyncCallbackManagerForChainRun, settings: Mapping[str, Any]
     ) -> SearchResult:
         progress = Progress()
-        async with aclosing(awatch(self._submit(question, settings))) as items:
+        submit = await self.make_off_loop(partial(self._submit, question, settings), settings.get("model"))
+        async with aclosing(awatch(submit)) as items:
             async for item in items:
                 if isinstance(item, SearchResult):
                     return check_result(item)
@@ -142,15 +148,23 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
                     await aemit(run_manager, name, data)
         raise AssertionError("a search ends with a result")
 
-    def _search_all(self, questions: list[Question], settings: Mapping[str, Any]) -> list[SearchResult | Exception]:
+    def _search_all(
+        self, questions: list[Question], most: int, settings: Mapping[str, Any]
+    ) -> list[SearchResult | Exception]:
         cancel = Event()
         pending: list[Future[SearchResult] | Exception] = []
+        running: set[Future[SearchResult]] = set()
         try:
             for question in questions:
+                if len(running) >= most:
+                    running = wait(running, return_when=FIRST_COMPLETED).not_done
                 try:
-                    pending.append(self._submit(question, settings)(lambda event: None, cancel))
+                    future = self._submit(question, settings)(lambda event: None, cancel)
                 except Exception as error:
                     pending.append(error)
+                else:
+                    pending.append(future)
+                    running.add(future)
             return [_outcome(one) for one in pending]
         finally:
             cancel.set()  # after an interrupt nobody waits for the others
@@ -167,7 +181,8 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         self, questions: AsyncIterator[Question], settings: Mapping[str, Any]
     ) -> AsyncIterator[SearchEvent | SearchResult]:
         async for question in questions:
-            async with aclosing(awatch(self._submit(question, settings))) as items:
+            submit = await self.make_off_loop(partial(self._submit, question, settings), settings.get("model"))
+            async with aclosing(awatch(submit)) as items:
                 async for item in items:
                     yield check_result(item) if isinstance(item, SearchResult) else item
 

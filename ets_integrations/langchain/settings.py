@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeVar
 
 from langchain_core.runnables import Runnable
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import AliasChoices, BaseModel, Field, PrivateAttr, model_validator
 
 from ets_engine.config import Reduce, SearchConfig, Strategy, Vote
 from ets_engine.errors import ConfigError
 from ets_engine.protocols import SearchService
+from ets_engine.registry import look_up
 from ets_engine.scorers import Scorer
 from ets_engine.services import find_service
 from ets_integrations.langchain.verifiers import RunnableVerifier
 from ets_integrations.settings import Effort, fresh_seed, resolve_config, verifier_name
 
-SEARCH_FIELDS = tuple(name for name in SearchConfig.model_fields if name != "deadline_s")
+T = TypeVar("T")
+
+CALL_SETTINGS = (*SearchConfig.model_fields, "effort", "timeout")
+"""What may be given per call."""
+
+_FIXED = {
+    **dict.fromkeys(("verifier", "engine", "output"), "give it to the constructor"),
+    "search": "give its settings by their own names",
+    "model_name": "say model",
+    "stop_sequences": "say stop",
+}
+"""What a call cannot change, and the way out."""
+
+_UNUSED = ("api_key",)
+"""What LangChain gives to every chat model, and nothing here needs."""
+
+_found: dict[tuple[str, str | None], SearchService] = {}
+"""By model and PRM: it stays loaded when whoever asked for it is thrown away; a closed one goes when it is found anew.
+"""
 
 
 class SearchSettings(BaseModel):
@@ -30,9 +51,11 @@ class SearchSettings(BaseModel):
         engine: A search service to use instead of `model`: an `ETSEngine`, a `HostedEngine`, or its registered name.
         effort: "low", "medium" or "high": width 4, 16 or 64 where none is given.
         timeout: Seconds after which the best so far is the answer.
-        search: Any other field of `SearchConfig`.
+        search: Any other field of `SearchConfig`; it may also be given by its own name, as `top_k=20`.
 
-    The others are `SearchConfig`'s fields of the same names. Without a seed every call draws a new one.
+    The others are `SearchConfig`'s fields of the same names. Without a seed every call draws a new one. An unknown name
+    is refused. What was loaded by name is shared by all instances and stays loaded until it is closed, as by
+    `get_engine(model).close()`.
     """
 
     model: str = Field(default="reference", alias="model_name")
@@ -57,39 +80,53 @@ class SearchSettings(BaseModel):
     timeout: float | None = None
     search: dict[str, Any] = Field(default_factory=dict)
 
-    _services: dict[str, SearchService] = PrivateAttr(default_factory=dict)  # by model: it stays loaded while we live
     _nonce: str = PrivateAttr(default_factory=lambda: secrets.token_hex(8))
 
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without what was loaded: a pickle names models, and whoever reads it finds its own."""
-        state = super().__getstate__()
-        private = {**(state["__pydantic_private__"] or {}), "_services": {}}
-        return {**state, "__pydantic_private__": private}
+    @model_validator(mode="before")
+    @classmethod
+    def _read_names(cls, data: Any) -> Any:
+        """Put fields of `SearchConfig` that are none of ours into `search`, and refuse what nobody reads."""
+        search = data.get("search") or {} if isinstance(data, Mapping) else None
+        if not isinstance(search, Mapping):
+            return data
+        known = _input_names(cls)
+        others = {name: value for name, value in data.items() if name not in known and name not in _UNUSED}
+        if unknown := others.keys() - set(SearchConfig.model_fields):
+            names = ", ".join(map(_with_guess, sorted(unknown)))
+            allowed = sorted({*cls.model_fields, *SearchConfig.model_fields})
+            raise ConfigError(f"{cls.__name__} has no setting {names}; choose from {', '.join(allowed)}")
+        moved = {name: value for name, value in others.items() if value is not None}
+        data = {name: value for name, value in data.items() if name in known}
+        if "deadline_s" in moved and data.get("timeout") is None:
+            data["timeout"] = moved.pop("deadline_s")
+        return {**data, "search": {**search, **moved}}
 
     def resolve_search(
-        self, changes: Mapping[str, Any] | None = None, *, stop: Sequence[str] | None = None
+        self, changes: Mapping[str, Any] | None = None, *, stop: str | Sequence[str] | None = None
     ) -> SearchConfig:
         """The complete config of one call, the seed as it is given (0 where there is none).
 
         Args:
-            changes: Settings of this call, by name; others are ignored.
-            stop: Texts that end the answer.
+            changes: Settings of this call, by name; what LangChain or an agent says besides is none of the search's.
+            stop: A text that ends the answer, or some.
 
         Raises:
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, a name is a misspelt one, or a call cannot change it.
         """
-        changes = changes or {}
-        known = (*SEARCH_FIELDS, "effort", "timeout")
-        own = {name: getattr(self, name) for name in known if name in type(self).model_fields}
+        changes = {name: value for name, value in (changes or {}).items() if value is not None}
+        _check_changes(changes)
+        own = {name: getattr(self, name) for name in CALL_SETTINGS if name in type(self).model_fields}
         given = self.search | {name: value for name, value in own.items() if value is not None}
-        changed = {name: changes[name] for name in known if changes.get(name) is not None}
+        changed = {name: changes[name] for name in CALL_SETTINGS if name in changes}
+        if "deadline_s" in changed:
+            changed.setdefault("timeout", changed.pop("deadline_s"))
         if "effort" in changed and "width" not in changed:
             given.pop("width", None)  # the effort of this call goes before the width of all calls
         given |= changed
         deadline_s, effort = given.pop("timeout", None), given.pop("effort", None)
-        texts = given.pop("stop", None)
-        stops = tuple(stop if stop is not None else [texts] if isinstance(texts, str) else texts or ())
-        return resolve_config(given, effort=effort, deadline_s=deadline_s, stop=stops)
+        texts = given.pop("stop", None) if stop is None else stop
+        given["stop"] = (texts,) if isinstance(texts, str) else tuple(texts or ())
+        return resolve_config(given, effort=effort, deadline_s=deadline_s)
 
     def draw_seed(self, config: SearchConfig, changes: Mapping[str, Any] | None = None) -> SearchConfig:
         """The config with a new seed, unless one was asked for."""
@@ -112,9 +149,21 @@ class SearchSettings(BaseModel):
                 raise ConfigError(f"engine={self.engine!r:.100}: give an ETSEngine, a HostedEngine or its name")
             return self.engine
         name = model or self.engine or self.model
-        if name not in self._services:
-            self._services[name] = find_service(name, self.verifier if isinstance(self.verifier, str) else None)
-        return self._services[name]
+        service = look_up(name)
+        if service is None:
+            prm = self.verifier if isinstance(self.verifier, str) else None
+            service = _found[name, prm] = find_service(name, prm)  # a closed engine is replaced there
+        return service
+
+    async def make_off_loop(self, make: Callable[[], T], model: str | None = None) -> T:
+        """What `make` makes with the service of this model, in a thread unless the service is at hand.
+
+        Loading weights takes seconds, and so does waiting while others are loaded.
+        """
+        is_given = model is None and self.engine is not None and not isinstance(self.engine, str)
+        if is_given or look_up(model or self.engine or self.model) is not None:
+            return make()
+        return await asyncio.to_thread(make)
 
     def model_id(self, model: str | None = None) -> str:
         """Name of the models that `find_service` gives; nothing is loaded."""
@@ -144,3 +193,43 @@ class SearchSettings(BaseModel):
         judged_by = f"object:{self._nonce}" if named is None and self.verifier is not None else named
         config = self.resolve_search()
         return {"model": self.model_id(), "verifier": judged_by, "search": config.model_dump(mode="json")}
+
+
+def _check_changes(names: Iterable[str]) -> None:
+    """Refuse settings of a call that would not be honoured, where they are meant for us.
+
+    Raises:
+        ConfigError: One is misspelt, or is for the constructor.
+    """
+    for name in names:
+        if name in _FIXED:
+            raise ConfigError(f"{name}= is no setting of a call; {_FIXED[name]}")
+        if name not in CALL_SETTINGS and _guess(name) is not None:
+            raise ConfigError(f"no setting of a call is named {_with_guess(name)}")
+
+
+def _guess(name: str) -> str | None:
+    """The setting that a misspelt name stands for; a name that others use in earnest (`top_n`, `min_tokens`) is none.
+
+    Example:
+        >>> [_guess(name) for name in ("widht", "lamda_b", "deadline", "min_tokens", "tools")]
+        ['width', 'lambda_b', 'deadline_s', None, None]
+    """
+    near = [one for one in CALL_SETTINGS if sorted(one) == sorted(name)]
+    near += get_close_matches(name, CALL_SETTINGS, n=1, cutoff=0.85)
+    return near[0] if near else None
+
+
+def _with_guess(name: str) -> str:
+    guess = _guess(name)
+    return repr(name) if guess is None else f"{name!r} (did you mean {guess!r}?)"
+
+
+def _input_names(model: type[BaseModel]) -> set[str]:
+    """Every name under which a model's constructor takes a field."""
+    names: set[str] = set(model.model_fields)
+    for field in model.model_fields.values():
+        alias = field.validation_alias
+        choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+        names.update(one for one in choices if isinstance(one, str))
+    return names

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,13 +85,31 @@ def test_langchain(address: str) -> None:
     close(address)
 
 
-def test_a_chat_model_leaves_what_it_loaded_out_of_its_pickle() -> None:
+def test_what_langchain_found_stays_until_it_is_closed(address: str) -> None:
     pytest.importorskip("langchain_core")
+    from ets_integrations.langchain import ChatETS, ETSRunnable
+
+    found = weakref.ref(ChatETS(model=address).find_service())
+    gc.collect()
+    assert found() is not None and ETSRunnable(model=address).find_service() is found()
+    close(address)
+    assert ChatETS(model=address, verifier=judge, width=1).invoke("1+1?").text, "by a new one"
+    gc.collect()
+    assert found() is None
+    close(address)
+
+
+def test_copies_of_a_chat_model_hold_names() -> None:
+    pytest.importorskip("langchain_core")
+    from ets_engine import register_service
     from ets_integrations.langchain import ChatETS
 
+    lock = threading.Lock()  # which no copy holds
+    service = SimpleNamespace(name="mine", max_concurrent_searches=1, submit=lock, count_tokens=len)
+    register_service("mine", service)  # type: ignore[arg-type]
     chat = ChatETS(model="mine")
-    chat._services["mine"] = threading.Lock()  # type: ignore[assignment] # which no pickle holds
-    assert pickle.loads(pickle.dumps(chat))._services == {} and chat._services
+    for again in (chat.find_service() and pickle.loads(pickle.dumps(chat)), copy.deepcopy(chat)):
+        assert again.find_service() is chat.find_service()
 
 
 def test_dspy(address: str) -> None:

@@ -434,9 +434,9 @@ def test_verifiers_in_langchain_terms_judge_the_steps() -> None:
     model(verifier=RunnableLambda(note), width=1).invoke("1+1?")
     assert [one["problem"] for one in seen] == ["1+1?", "1+1?"]
     assert seen[1]["steps"][0].startswith("Hello") and seen[1]["text"] == "".join(seen[1]["steps"])
-    marked = judge(FakeListChatModel(responses=["Score: 7", "none", "99"]))
-    scores = marked.score_many("1+1?", [["a"], ["b"], ["c"]])
-    assert sorted(map(str, scores)) == ["0.7", "nan", "nan"]
+    marked = judge(FakeListChatModel(responses=["Score: 7", "none", "99", "2/10", "3 out of 10"]))
+    scores = marked.score_many("1+1?", [["a"], ["b"], ["c"], ["d"], ["e"]])
+    assert sorted(map(str, scores)) == ["0.2", "0.3", "0.7", "nan", "nan"]
 
 
 def test_a_hosted_chat_model_is_a_policy() -> None:
