@@ -13,33 +13,72 @@ from ets_engine.symbolic import SymbolicProcess
 _LONGEST = 300  # characters of an answer that more than a comparison of texts is worth
 
 _HOPED = re.compile(r"final answer is:?\s?\$([^$\n]{1,300})\$\.? I hope")
-_HASHES = re.compile(r"#### ?(-?\$?[.\d][^\n]{0,300})")
-_STATED = re.compile(r".*answer is:?[ \t]{0,9}([^\n]{1,300})", re.IGNORECASE | re.DOTALL)
+_HASHES = re.compile(r"#### ?(?!\d+[.)][ \t]+\S)(-?\$?[.\d][^\n]{0,300})")  # "#### 2. Add" is a heading
+_STATED = re.compile(r".*answer is:?\s{0,9}(\S[^\n]{0,299})", re.IGNORECASE | re.DOTALL)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)")
 _NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_POWER = "|".join(_POWERS)
+_ARITHMETIC = (  # words after a number that make it another one
+    rf"\w*(?:{_POWER})\w*|plus|minus|mod|not|and|zero|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty"
+)
+_SHORT_WORDS = (
+    "cm|mm|km|mi|in|ft|yd|sq|cu|kg|mg|lb|oz|ml|pt|qt|ms|hr|am|pm|kb|mb|gb|of|an|at|on|as"  # the others are variables
+)
+_NO_UNIT = rf"(?!(?:{_SHORT_WORDS})\b)[a-z]{{1,2}}|[abcxyz]+|pi|theta|sqrt|{_ARITHMETIC}"
+
+
+def _improper(match: re.Match[str]) -> str:
+    whole, over, under = map(int, match.groups())
+    return rf"\frac{{{whole * under + over}}}{{{under}}}"
+
+
+def _multiplied(match: re.Match[str]) -> str:
+    power = sum(_POWERS[word.lower()] for word in re.findall(_POWER, match[3], re.IGNORECASE))
+    return f"{Fraction(match[1].replace(',', '')) * 10**power}{match[2] or ' '}"
+
+
 _WRITTEN_ALIKE = [  # (pattern, replacement), applied in order
     (r"\\[dtc]frac", r"\\frac"),
+    (r",\s*\\!\s*|\{,\}\s*", ","),
+    (r"(?<=,)(?:\\[,;: ]|~)", " "),
     (r"\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\\[!,;: ()[\]]|\\displaystyle|~", ""),
-    (r"\{,\}", ","),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?[$%]", ""),
-    (r"\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}", ","),
-    (r"(?<=[\w})])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # a unit
-    (r"^(-?[\d.,/]*\d)\s+(?!.*\b(?:[a-z]|pi|sqrt)\b)[a-z][a-z ]*(?:\^\d)?$", r"\1"),  # a unit in plain letters
+    (r"\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}", ", "),
+    (r"\s*\.?$", ""),
+    (r"(?<![\w.,/}^])(\d+)\s+(\d+)/(\d+)", _improper),
+    (
+        r"(?<![\w.,/}^])(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)\s*(\\(?:text|mbox|mathrm)\s*\{)?"
+        rf"((?:\s*(?i:{_POWER})s?\b)+)",
+        _multiplied,
+    ),
+    (  # a unit
+        rf"(?<=[\w}})])\s*\\(?:text|mbox|mathrm)\s*\{{(?![^{{}}]*\b(?:{_ARITHMETIC})\b)[^{{}}]*\}}(?:\^\{{?\d\}}?)?$",
+        "",
+    ),
+    (  # a unit in plain letters
+        rf"^(-?(?:[\d.,/]*\d|\\frac\{{\d+\}}\{{\d+\}}))\s+(?!.*\b(?:{_NO_UNIT})\b)[a-z][a-z ]*(?:\^\d)?$",
+        r"\1",
+    ),
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
-    (r"(?<!\\)(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda match: f"{match[1]} " if match[1] else ""),
+    (  # all blanks but one after a command, and one after a comma that would look like that of thousands
+        r"((?<!\\)\\[a-zA-Z]+(?=\s+[a-zA-Z])|,(?=\s+\d{3}(?!\d)))\s+|\s+",
+        lambda match: f"{match[1]} " if match[1] else "",
+    ),
     (r"^\(([A-Za-z])\)$", r"\1"),  # a choice
     (r"\\(frac|sqrt)(\d)", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}"),
+    (r"(?<![\w.,/}^])(\d+)\\frac\{(\d+)\}\{(\d+)\}", _improper),
     (r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
-    (r"^(-?)(\d+)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2+\3/\4"),
     (r"^(-?\d{1,3}(?:,\d{3})+(?:\.\d+)?)$", lambda match: match[1].replace(",", "")),
     (r"\.$", ""),
 ]
 _RULES = [(re.compile(pattern), replacement) for pattern, replacement in _WRITTEN_ALIKE]
 _NAMED = re.compile(r"[a-zA-Z](?:=|\\in)([^=]+)")
-_PLAIN_NUMBER = re.compile(r"([-+]?)(?:(\d+)\+)?(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?")
+_PLAIN_NUMBER = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?")
+_BASE = re.compile(r"(?<=[\d)])_\{?(\d+)\}?")
 _WORD = re.compile(r"[a-zA-Z]{3,}")
 _RELATIVE = Fraction(1, 10_000)  # numbers this close are the same, two integers only when they are equal
 
@@ -63,10 +102,10 @@ def extract_answer(text: str) -> str | None:
         return _last_boxed(hoped[-1]) or _clean(hoped[-1])
     if (boxed := _last_boxed(text)) is not None:
         return boxed.strip() or None
-    if hashes := _HASHES.findall(text):
-        return _clean(hashes[-1])
-    if stated := _STATED.match(text):
-        return _clean(_SENTENCE_END.split(stated[1], maxsplit=1)[0])
+    if (hashes := _HASHES.findall(text)) and (answer := _clean(hashes[-1])):
+        return answer
+    if (stated := _STATED.match(text)) and (answer := _clean(_SENTENCE_END.split(stated[1], maxsplit=1)[0])):
+        return answer
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
@@ -93,6 +132,9 @@ def same_answer(left: str, right: str) -> bool:
         return _close(numbers[0], numbers[1])
     if _WORD.fullmatch(first) or _WORD.fullmatch(second):  # math-verify would multiply the letters
         return first.casefold() == second.casefold()
+    bases = set(_BASE.findall(first)), set(_BASE.findall(second))
+    if all(bases) and bases[0] != bases[1]:  # math-verify does not look at them
+        return False
     parts = _parts(first), _parts(second)
     if parts[0] is not None and parts[1] is not None:
         return (
@@ -162,7 +204,9 @@ class ReferenceView:
 
 def _clean(answer: str) -> str | None:
     answer = answer.strip(" \t\n*$").removesuffix(".").strip(" \t\n*$:")
-    return answer.removeprefix("\\(").removesuffix("\\)").strip() or None
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
+        answer = answer.removeprefix(opening).removesuffix(closing)
+    return answer.strip() or None
 
 
 def _last_boxed(text: str) -> str | None:
@@ -197,9 +241,9 @@ def _unnamed(answer: str) -> str:
 
 def _number(answer: str) -> Fraction | None:
     match = _PLAIN_NUMBER.fullmatch(answer)
-    if match is None or (match[4] is not None and int(match[4]) == 0):
+    if match is None or (match[3] is not None and int(match[3]) == 0):
         return None
-    value = int(match[2] or 0) + Fraction(match[3]) / int(match[4] or 1)
+    value = Fraction(match[2]) / int(match[3] or 1)
     return -value if match[1] == "-" else value
 
 

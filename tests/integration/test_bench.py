@@ -109,7 +109,10 @@ def test_a_failing_search_is_a_row_and_not_the_end(tmp_path: Path) -> None:
         (("--strategies", ","), "name at least one of each"),
         (("--model", "some/model"), "name a verifier"),
         (("--setting", "kv_budget_tokens=500"), "kv_budget_tokens"),
-        (("--setting", "lambda_b=2", "--strategies", "rebase"), "lambda_b has no effect"),
+        (("--setting", "lambda_b=2", "--strategies", "rebase"), "lambda_b=2.0 has no effect with rebase"),
+        (("--setting", "cluster_cut=0.5", "--strategies", "greedy,rebase"), "cluster_cut=0.5 has no effect"),
+        (("--setting", "keep=2", "--strategies", "ets"), "keep=2 has no effect with ets"),
+        (("--setting", "lambda_b=2", "--setting", "lambda_b=3"), "lambda_b is given twice"),
         (("--same-cost",), "at least two widths"),
     ],
 )
@@ -186,6 +189,25 @@ def test_samples_of_the_same_cost_are_measured_after_the_others(tmp_path: Path) 
     assert any("(same KV as ets@8)" in method for method in extra)
     assert totals[0] == 4 * 4 and totals[1] == 4 * len(extra)
 
+    lines = read_results(tmp_path / "results.jsonl")
+    stale = next(line for line in lines if isinstance(line, Record) and "(same KV as ets@8)" in line.method)
+    stale = stale.model_copy(update={"method": "best_of_n@999 (same KV as ets@8)"})  # as from fewer problems
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write(stale.model_dump_json() + "\n")
+    assert {row.method for row in compare(plan).rows if "(same " in row.method} == extra
+    kept = read_summary(tmp_path / "summary.json")
+    assert "best_of_n@999" not in kept.model_dump_json() and kept.timed_methods == summary.timed_methods
+
+
+def test_the_tree_of_a_problem_with_any_id_is_written(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    sign = "\U00020000"  # four bytes
+    row = {"id": 90 * sign, "problem": "Use 2, 3, 9 and 9 to make 81.", "answer": "(3-2)*9*9"}
+    data.write_text(json.dumps(row) + "\n")
+    compare(Plan(tmp_path, data=str(data), strategies=("greedy",), concurrency=1, latency_problems=0, trace=True))
+    (tree,) = (tmp_path / "traces" / "greedy").iterdir()
+    assert tree.name == f"0-{20 * sign}-seed0.jsonl"
+
 
 def test_when_nothing_works_the_command_fails(tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
@@ -210,3 +232,14 @@ def test_grading_a_file_says_what_it_gets_wrong(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "wrong: 1" in done.stdout and "less than 99%" in done.stderr
     assert CliRunner().invoke(cli.app, ["grade", str(data), "--least", "99"]).exit_code == 2
+
+
+def test_grading_a_file_claims_no_check_that_it_did_not_make(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    rows = [{"problem": "?", "answer": f"A. {city}"} for city in ("Paris", "Rome", "Oslo", "Bern")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nothing = ["no worked solutions to find answers in", "no two different answers to tell apart"]
+    assert invoke("grade", str(data), "--mode", "choice").splitlines() == nothing
+    assert invoke("grade", str(data), "--limit", "1").splitlines() == nothing
+    done = CliRunner().invoke(cli.app, ["grade", str(data), "--limit", "1", "--mode", "bogus"])
+    assert done.exit_code == 2 and "mode='bogus'" in done.stderr

@@ -32,7 +32,7 @@ from ets_engine.evaluation.bench import RANK, Bench
 from ets_engine.evaluation.columns import blocks, comparison_lines
 from ets_engine.evaluation.gold import check_gold
 from ets_engine.evaluation.methods import Method
-from ets_engine.evaluation.same_cost import same_cost_methods, samples_for
+from ets_engine.evaluation.same_cost import same_cost_methods, samples_for, stale_methods
 from ets_engine.evaluation.statistics import bootstrap, rank_correlation
 from ets_engine.evaluation.table import summary_view
 from ets_engine.hosted import HostedEngine, ProposalRequest
@@ -129,6 +129,33 @@ def test_unknown_data_and_limits_are_refused() -> None:
         ("B", "B. 12 apples", "choice", True, True),
         ("B", "Because", "choice", False, False),
         ("B", "C", "choice", False, False),
+        ("B", "B 12", "choice", True, True),
+        ("B", "B Paris", "choice", True, True),
+        ("B", "B) 12", "choice", True, True),
+        ("B", "Option B", "choice", True, True),
+        ("B", "option (B)", "choice", True, True),
+        ("B", "**B**", "choice", True, True),
+        ("B", "\\textbf{(B)}\\ 12", "choice", True, True),
+        ("B", "B is right, A is not", "choice", True, True),
+        ("B", "B, I think", "choice", True, True),
+        ("D", "D. Both A and B.", "choice", True, True),
+        ("C", "C. Vitamin A", "choice", True, True),
+        ("A", "A. a cat", "choice", True, True),
+        ("A", "A Paris", "choice", True, True),
+        ("A", "A cat", "choice", False, False),
+        ("I", "I think it is B", "choice", False, False),
+        ("B", "B's", "choice", False, False),
+        ("a cat", "a dog", "choice", False, False),
+        ("A", "A, B", "choice", False, False),
+        ("A", "A/B", "choice", False, False),
+        ("A", "A-D", "choice", False, False),
+        ("A", "a or b", "choice", False, False),
+        ("A", "(A) and (B)", "choice", False, False),
+        ("A", "A, or B", "choice", False, False),
+        ("A", "A B", "choice", False, False),
+        ("A", "A. Paris or B. Rome", "choice", False, False),
+        ("A, C", "A", "choice", False, False),
+        ("A, C", "C and A", "choice", True, True),
         ("Paris", " paris", "exact", False, True),
         ("Paris", "Paris.", "exact", False, False),
     ],
@@ -160,6 +187,29 @@ def test_what_a_file_gets_wrong_about_itself_is_named() -> None:
     assert found.confused == ()
     twins = [EvalProblem(id=str(i), problem="?", answer=one) for i, one in enumerate(("0.5", "1/2"))]
     assert (check_gold(twins).worked, check_gold(twins).confused) == (0, ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "golds", "paired"),
+    [
+        ("choice", ("A. Paris", "A. Rome", "A. Oslo"), 0),
+        ("choice", ("A. Paris", "A. Rome", "B. Oslo"), 3),
+        ("exact", ("Yes", "yes "), 0),
+        ("exact", ("Yes", "no"), 2),
+        ("numeric", ("0.5", "1/2", "$50%$"), 3),
+        ("numeric", ("0.5", "1/2"), 0),
+        ("math", ("4", "4", "4", "5"), 4),
+        ("math", ("4",), 0),
+    ],
+)
+def test_only_answers_that_differ_are_told_apart(mode: Any, golds: tuple[str, ...], paired: int) -> None:
+    found = check_gold([EvalProblem(id=str(i), problem="?", answer=one) for i, one in enumerate(golds)], mode)
+    assert (found.paired, found.confused) == (paired, ())
+
+
+def test_a_file_is_never_checked_in_an_unknown_mode() -> None:
+    with pytest.raises(ConfigError, match="mode='fuzzy'"):
+        check_gold([problem("1")], "fuzzy")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- methods
@@ -337,6 +387,11 @@ def test_samples_of_the_same_cost_stand_beside_ets() -> None:
     rows = {row.name: row for row in summarise([*lines, record("p1", more[0].name)]).rows}
     assert "majority@8 (same KV as ets@8)" in rows
     assert "weighted@8 (same KV as ets@8)" in [one.other for one in rows["ets@8"].versus]
+    assert stale_methods([*rows.values()]) == set(), "its figures have not changed"
+    moved = [one.model_copy(update={"mean_kv_tokens": 120.0}) for one in lines if one.method == "ets@8"]
+    later = summarise([*lines[:-1], *moved, record("p1", more[0].name), record("p1", more[1].name)]).rows
+    assert stale_methods(later) == {more[0].name}
+    assert stale_methods(summarise([record("p1", more[0].name)]).rows) == {more[0].name}, "there is no cost to share"
     assert samples_for([(4, 10.0)], 10.0) is None and samples_for([(4, 10.0), (8, None)], 10.0) is None
     for points, cost in (([(4, 10.0), (8, 20.0)], 1e9), ([(4, 10.0), (8, 20.0)], 1.0), ([(4, 0.5), (16, 0.49)], 0.6)):
         assert samples_for(points, cost) is None, "too far from what was measured, or it does not rise"

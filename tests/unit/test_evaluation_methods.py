@@ -6,7 +6,7 @@ import pytest
 
 from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
-from ets_engine.evaluation.methods import Method, label, methods_of, parse_strategy, read_settings, split_name
+from ets_engine.evaluation.methods import Method, check_base, label, methods_of, parse_strategy, read_settings, split_name
 
 BASE = SearchConfig(lambda_b=0.5, max_tokens=99)
 
@@ -47,7 +47,7 @@ def test_votes_over_samples_keep_the_settings_in_their_names() -> None:
         ("ets:width=4", "'width=4': give NAME=VALUE, NAME not one of n_candidates, seed"),
         ("ets:price=4", "price=4"),
         ("ets:lambda_b=-1", "lambda_b=-1"),
-        ("ets:lambda_b=1:lambda_b=2", "gives a setting twice"),
+        ("ets:lambda_b=1:lambda_b=2", "lambda_b is given twice"),
         ('ets:stop=["x"]', "stop must be one number or word"),
         ("ets:", "give NAME=VALUE"),
     ],
@@ -78,6 +78,30 @@ def test_a_setting_without_effect_is_refused_before_anything_is_measured(text: s
             method.check(BASE)
 
 
+@pytest.mark.parametrize(
+    ("strategies", "settings", "message"),
+    [
+        (["rebase"], {"cluster_cut": 0.5}, "cluster_cut=0.5 has no effect with rebase"),
+        (["ets", "rebase"], {"keep": 2}, "keep=2 has no effect with ets, rebase"),
+        (["ets:lambda_b=3"], {"lambda_b": 0.5}, "lambda_b=0.5 has no effect with ets"),
+        (["greedy", "ets"], {"lambda_b": 0.5, "top_p": 0.9}, None),
+        (["greedy", "rebase"], {"lambda_b": 1.0}, None),  # what it is anyway
+        (["ets", "beam"], {"keep": 2, "cluster_cut": 0.5, "node_cost": "nodes"}, None),
+    ],
+)
+def test_a_setting_of_all_that_none_heeds_is_refused(
+    strategies: list[str], settings: dict[str, object], message: str | None
+) -> None:
+    methods, base = methods_of(strategies, [4, 16]), SearchConfig(**settings)  # type: ignore[arg-type]
+    if message is None:
+        check_base(methods, base)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_base(methods, base)
+
+
 def test_settings_are_read_as_json_where_they_are_json() -> None:
+    with pytest.raises(ConfigError, match="keep is given twice"):
+        read_settings(["keep=3", " keep =4"])
     given = read_settings(["lambda_b=0.5", "node_cost=nodes", "deadline_s=null", "keep = 3"])
     assert given == {"lambda_b": 0.5, "node_cost": "nodes", "deadline_s": None, "keep": 3}
