@@ -113,7 +113,7 @@ def extract_answer(text: str) -> str | None:
 def same_answer(left: str, right: str) -> bool:
     r"""Whether two answers mean the same: as text, as numbers, part by part, or as math-verify understands them.
 
-    Notation, units, thousands commas and `x =` in front do not count.
+    Notation, units, thousands commas and `x =` in front do not count; of a numeral's base, only that two agree.
 
     Example:
         >>> same_answer("1,000", "1000.0"), same_answer(r"\frac{1}{2}", "0.5"), same_answer("x+1", "1+x")

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from ets_engine.commands.common import (
-    COVERING,
     EXIT_FAILURE,
-    PRICED,
     StepSeparator,
     engine_settings,
     fail,
@@ -94,10 +92,6 @@ def bench(
 
         quiet_libraries(is_terminal=sys.stderr.isatty())
         base = read_settings(setting or ())
-        named = {one.partition(":")[0] for one in _names(strategies)}
-        for name, users in (("lambda_b", PRICED), ("lambda_d", COVERING)):
-            if name in base and strategies != "all" and not named & set(users):
-                raise ConfigError(f"--setting {name} has no effect with {strategies}: add one of {', '.join(users)}")
         if report:
             from ets_engine.evaluation.plot import require_matplotlib
 
@@ -140,7 +134,7 @@ def grade(
     limit: Annotated[int | None, option("COUNT", "Most problems.", default="all")] = None,
     least: Annotated[float, option("SHARE", "Share of problems below which this fails.", default=0.99)] = 0.99,
 ) -> None:
-    """Find the answer in every worked solution of FILE, grade it, and grade an answer of another problem as well.
+    """Find the answer in every worked solution of FILE, grade it, and grade a different answer of another problem.
 
     Exit codes: 0 at least SHARE of each is graded as it should be, 1 less is, 2 bad usage.
     """
@@ -156,11 +150,15 @@ def grade(
             typer.echo(f"{right} of {found.worked} worked solutions: the answer is found and right")
         else:
             typer.echo("no worked solutions to find answers in")
-        typer.echo(f"{found.problems - len(found.confused)} of {found.problems} other problems' answers are refused")
+        refused = found.paired - len(found.confused)
+        if found.paired:
+            typer.echo(f"{refused} of {found.paired} other problems' answers are refused")
+        else:
+            typer.echo("no two different answers to tell apart")
         for name, ids in (("no answer found", found.unread), ("wrong", found.wrong), ("not refused", found.confused)):
             if ids:
                 typer.echo(f"{name}: {', '.join(ids)}")
-        if right < least * found.worked or found.problems - len(found.confused) < least * found.problems:
+        if right < least * found.worked or refused < least * found.paired:
             fail(f"less than {least:.0%} of {data} is graded as it should be", EXIT_FAILURE)
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, get_args
+from typing import Any
 from zlib import crc32
 
 from ets_engine.answers import ReferenceView
 from ets_engine.config import SearchConfig, Vote
 from ets_engine.errors import ConfigError, ETSError
-from ets_engine.evaluation.grading import Mode, grade
+from ets_engine.evaluation.grading import Mode, check_mode, grade
 from ets_engine.evaluation.methods import Method
 from ets_engine.evaluation.problems import EvalProblem
 from ets_engine.evaluation.records import Outcome, Pass, Record, Results
@@ -42,8 +42,7 @@ def check_counts(mode: str, seeds: int, concurrency: int, latency_problems: int)
         raise ConfigError(
             f"seeds={seeds}, concurrency={concurrency}, latency_problems={latency_problems}: need >= 1, >= 1, >= 0"
         )
-    if mode not in get_args(Mode):
-        raise ConfigError(f"mode={mode!r} is unknown: choose one of {list(get_args(Mode))}")
+    check_mode(mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,7 @@ class Bench:
         concurrency: Searches in flight while accuracy and KV are measured, >= 1.
         latency_problems: With `concurrency` > 1, the first so many problems are searched again one at a time, all
             methods in turn, for latency and bandwidth, >= 0.
+        processes: That the engine searches in, to be written down.
         on_result: Called with every search.
 
     Raises:
@@ -85,6 +85,7 @@ class Bench:
     mode: Mode = "math"
     concurrency: int = 1
     latency_problems: int = 0
+    processes: int = 1
     on_result: OnResult = lambda result, record: None
 
     def __post_init__(self) -> None:
@@ -158,7 +159,15 @@ class Bench:
         if len(jobs) >= self.concurrency:  # else there were never so many in flight
             wall_s = time.perf_counter() - began_s
             name = jobs[0].method.name
-            self.results.add(Pass(method=name, concurrency=self.concurrency, searches=done, wall_s=wall_s))
+            self.results.add(
+                Pass(
+                    method=name,
+                    concurrency=self.concurrency,
+                    processes=self.processes,
+                    searches=done,
+                    wall_s=wall_s,
+                )
+            )
 
     def _alone(self, jobs: Sequence[Job]) -> None:
         """One search after another."""

@@ -43,12 +43,12 @@ class Measured:
                 chosen[key] = record
         return list(chosen.values())
 
-    def throughput(self) -> tuple[float | None, int | None]:
-        """Searches per second in the passes with most in flight, and how many those are."""
-        most = max((one.concurrency for one in self.passes), default=None)
-        passes = [one for one in self.passes if one.concurrency == most]
+    def throughput(self) -> tuple[float | None, int | None, int | None]:
+        """Searches per second in the passes with most in flight, of these in most processes, and how many both are."""
+        concurrency, processes = max(((one.concurrency, one.processes) for one in self.passes), default=(None, None))
+        passes = [one for one in self.passes if (one.concurrency, one.processes) == (concurrency, processes)]
         wall_s = sum(one.wall_s for one in passes)
-        return (sum(one.searches for one in passes) / wall_s if wall_s > 0 else None), most
+        return (sum(one.searches for one in passes) / wall_s if wall_s > 0 else None), concurrency, processes
 
 
 def group_by_method(lines: Sequence[Line], problems: Collection[EvalProblem] | None) -> dict[str, Measured]:

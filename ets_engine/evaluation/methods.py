@@ -123,8 +123,6 @@ def parse_strategy(text: str) -> tuple[Strategy, Changes]:
     if name not in STRATEGIES:
         raise ConfigError(f"strategy={name!r} is unknown: choose among {', '.join(STRATEGIES)}")
     given = read_settings(pairs)
-    if len(given) < len(pairs):
-        raise ConfigError(f"{text!r} gives a setting twice: give it once")
     if many := sorted(key for key, value in given.items() if not isinstance(value, int | float | str)):
         raise ConfigError(f"{text!r}: {', '.join(many)} must be one number or word here; use --setting for others")
     valid = SearchConfig(**given)
@@ -135,7 +133,7 @@ def read_settings(pairs: Iterable[str]) -> dict[str, Any]:
     """Settings from texts `NAME=VALUE`, values read as JSON where they are JSON.
 
     Raises:
-        ConfigError: There is no `=`, or the bench decides that setting itself.
+        ConfigError: There is no `=`, the bench decides that setting itself, or it is given twice.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -143,6 +141,8 @@ def read_settings(pairs: Iterable[str]) -> dict[str, Any]:
         name = name.strip()
         if not equals or name in FIXED:
             raise ConfigError(f"setting {pair!r}: give NAME=VALUE, NAME not one of {', '.join(sorted(FIXED))}")
+        if name in found:
+            raise ConfigError(f"setting {pair!r}: {name} is given twice, give it once")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -184,6 +184,14 @@ def check_base(methods: Sequence[Method], base: SearchConfig) -> None:
     Raises:
         ConfigError: It has no effect with any of them.
     """
+    for name in sorted(_SELECTING):
+        value, usual = getattr(base, name), SearchConfig.model_fields[name].default
+        without = base.model_copy(update={name: usual})
+        if value != usual and all(
+            build_selector(method.config(base, 0)) == build_selector(method.config(without, 0)) for method in methods
+        ):
+            strategies = ", ".join(dict.fromkeys(method.strategy for method in methods))
+            raise ConfigError(f"{name}={value!r} has no effect with {strategies}: drop it, or add a strategy it is for")
 
 
 def _written(value: object) -> str:

@@ -49,7 +49,7 @@ def _compare(one: Row, other: Row, ours: Measured, theirs: Measured) -> Comparis
     sides = [[record for record in side if record.problem in set(common)] for side in records]
     timed = [key for key in ours.alone if key in theirs.alone]
     seconds = [_median([side.alone[key].wall_s for key in timed]) for side in (ours, theirs)]
-    same_company = one.concurrency == other.concurrency
+    same_company = (one.concurrency, one.processes) == (other.concurrency, other.processes)
     return Comparison(
         other=other.name,
         problems=len(common),

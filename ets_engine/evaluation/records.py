@@ -91,6 +91,7 @@ class Pass(Value):
         kind: Tells passes from searches.
         method: `Method.name`.
         concurrency: Most in flight (count).
+        processes: That searched (count).
         searches: That came to a result (count).
         wall_s: From the first to the last (seconds).
     """
@@ -98,6 +99,7 @@ class Pass(Value):
     kind: Literal["pass"] = "pass"
     method: str
     concurrency: int
+    processes: int = 1
     searches: int
     wall_s: float
 

@@ -71,6 +71,7 @@ class Row(Value):
         alone_per_s, together_per_s: Searches per second, one at a time and `concurrency` at a time. These and all
             other seconds are from the machine that measured last.
         concurrency: Of `together_per_s`, the largest one.
+        processes: That searched for `together_per_s`; None where that is not known.
         versus: Against the rows that it is usually compared with.
     """
 
@@ -112,6 +113,7 @@ class Row(Value):
     alone_per_s: float | None
     together_per_s: float | None
     concurrency: int | None
+    processes: int | None = None
     versus: tuple[Comparison, ...] = ()
 
 

@@ -9,6 +9,7 @@ from ets_engine.evaluation.methods import Method, split_name
 from ets_engine.evaluation.rows import Row
 
 COSTS = {"KV": "mean_kv_tokens", "time": "p50_s"}  # what a row's note calls it -> field of `Row`
+_NOTE = "(same "  # begins the note of every method here
 
 
 def same_cost_methods(rows: Sequence[Row]) -> list[Method]:
@@ -33,7 +34,7 @@ def same_cost_methods(rows: Sequence[Row]) -> list[Method]:
             points = [(width or 1, getattr(one, field)) for width, one in samples]
             count = samples_for(points, getattr(row, field))
             if count is not None:
-                found.append(Method("best_of_n", count, f"(same {name} as {row.method})"))
+                found.append(Method("best_of_n", count, f"{_NOTE}{name} as {row.method})"))
     return found
 
 
@@ -43,7 +44,8 @@ def stale_methods(rows: Sequence[Row]) -> set[str]:
     Args:
         rows: Measured, as in `same_cost_methods`.
     """
-    return set()
+    noted = {row.method for row in rows if split_name(row.method)[2].startswith(_NOTE)}
+    return noted - {method.name for method in same_cost_methods(rows)}
 
 
 def samples_for(points: Sequence[tuple[int, float | None]], cost: float | None) -> int | None:

@@ -14,11 +14,11 @@ from ets_engine.errors import ConfigError
 from ets_engine.evaluation.bench import Bench, OnResult, check_counts
 from ets_engine.evaluation.grading import Mode
 from ets_engine.evaluation.machine import copy_gb_s, provenance
-from ets_engine.evaluation.methods import Method, methods_of
-from ets_engine.evaluation.problems import load_problems
-from ets_engine.evaluation.records import Record, Results, Settings
+from ets_engine.evaluation.methods import Method, check_base, methods_of
+from ets_engine.evaluation.problems import EvalProblem, load_problems
+from ets_engine.evaluation.records import Line, Record, Results, Settings
 from ets_engine.evaluation.rows import Summary
-from ets_engine.evaluation.same_cost import same_cost_methods
+from ets_engine.evaluation.same_cost import same_cost_methods, stale_methods
 from ets_engine.evaluation.summary import summarise
 from ets_engine.evaluation.tree_page import write_trace
 from ets_engine.reference import REFERENCE, policy_path, prm_path
@@ -70,6 +70,7 @@ class Plan:
         methods = methods_of(self.strategies, self.widths)
         for method in methods:
             method.check(self.base)
+        check_base(methods, self.base)
         if self.model != REFERENCE and self.verifier is None:
             name = f"{REMOTE}..." if self.model.startswith(REMOTE) else self.model  # an address may hold a password
             raise ConfigError(f"model={name!r} needs a model that scores its steps: name a verifier")
@@ -103,7 +104,8 @@ def compare(
 
     def keep(result: SearchResult | None, record: Record) -> None:
         if plan.trace and result is not None:
-            name = re.sub(r"[^\w.-]+", "-", record.problem)[:80]  # ids may be anything, the place tells them apart
+            name = re.sub(r"[^\w.-]+", "-", record.problem)  # ids may be anything, the place tells them apart
+            name = name.encode()[:80].decode(errors="ignore")  # file systems count bytes
             name = f"{places[record.problem]}-{name}-seed{record.seed}.jsonl"
             write_trace(result, plan.out / TRACES / re.sub(r"[^\w@=.() -]+", "-", record.method) / name)
         if on_result is not None:
@@ -124,6 +126,7 @@ def compare(
             mode=plan.mode,
             concurrency=plan.concurrency,
             latency_problems=plan.latency_problems,
+            processes=plan.engine.processes,
             on_result=keep,
         )
 
@@ -139,9 +142,18 @@ def compare(
             if plan.same_cost:
                 run(same_cost_methods(summarise(results.lines, problems).rows))
         finally:
-            summary = summarise(results.lines, problems)
+            summary = _summarise_present(results.lines, problems)
             (plan.out / SUMMARY).write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def _summarise_present(lines: Sequence[Line], problems: Sequence[EvalProblem]) -> Summary:
+    """Without samples at what was another method's cost before more problems were measured."""
+    summary = summarise(lines, problems)
+    stale = stale_methods(summary.rows)
+    if not stale:
+        return summary
+    return summarise([line for line in lines if isinstance(line, Settings) or line.method not in stale], problems)
 
 
 def _settings(plan: Plan) -> Settings:

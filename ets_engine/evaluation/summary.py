@@ -52,7 +52,7 @@ def _row(method: str, vote: str, measured: Measured) -> Row:
     latencies = [record.wall_s for record in alone]
     model_s, model_calls = sum(record.model_s for record in alone), sum(record.model_calls for record in alone)
     bytes_moved = sum(record.bytes_moved for record in alone)
-    together_per_s, concurrency = measured.throughput()
+    together_per_s, concurrency, processes = measured.throughput()
 
     def mean(cost: str) -> float | None:
         return mean_known(getattr(record, cost) for record in done)
@@ -98,6 +98,7 @@ def _row(method: str, vote: str, measured: Measured) -> Row:
         alone_per_s=len(latencies) / sum(latencies) if sum(latencies) > 0 else None,
         together_per_s=together_per_s,
         concurrency=concurrency,
+        processes=processes,
     )
 
 

@@ -40,6 +40,7 @@ def test_a_comparison_and_its_second_run(tmp_path: Path) -> None:
     expected = {(name, n): count for name in ("greedy", "best_of_n@2", "ets@2") for n, count in ((2, 2), (1, 1))}
     assert counts(tmp_path) == expected
     passes = [line for line in read_results(tmp_path / "results.jsonl") if isinstance(line, Pass)]
+    assert {one.processes for one in passes} == {1}
     assert [(one.method, one.searches) for one in passes] == [(name, 2) for name in ("greedy", "best_of_n@2", "ets@2")]
 
     size = (tmp_path / "results.jsonl").stat().st_size

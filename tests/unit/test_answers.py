@@ -82,7 +82,7 @@ SAME = [
     ("-3000", r"-3\text{ thousand dollars}"),
     ("500000", "$5 Hundred thousand"),
     ("2 xy", "2xy"),
-    ("5", "5 km"),
+    ("5", "5 sq ft"),
     ("5", "5 cups of flour"),
     ("7.0", "7"),
     ("7.", "7"),

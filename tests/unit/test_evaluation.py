@@ -470,9 +470,12 @@ def test_throughput_is_compared_where_equally_many_ran() -> None:
     lines = [record("p1", "ets@4", published_kv_tokens=5), record("p1", "rebase@4", published_kv_tokens=10)]
     (row,) = [row for row in summarise([*lines, *passes]).rows if row.name == "ets@4"]
     assert (row.versus[0].throughput, row.versus[0].published_kv) == (2.0, 2.0)
-    other = passes[1].model_copy(update={"concurrency": 8})
-    (row,) = [row for row in summarise([*lines, passes[0], other]).rows if row.name == "ets@4"]
-    assert row.versus[0].throughput is None
+    for change in ({"concurrency": 8}, {"processes": 2}):
+        other = passes[1].model_copy(update=change)
+        (row,) = [row for row in summarise([*lines, passes[0], other]).rows if row.name == "ets@4"]
+        assert row.versus[0].throughput is None
+    row = next(row for row in summarise([*lines, *passes, other]).rows if row.name == "rebase@4")
+    assert (row.together_per_s, row.concurrency, row.processes) == (2.0, 4, 2), "passes of one kind, the most at once"
 
 
 def test_changed_settings_are_compared_with_the_same_method_without_them() -> None:

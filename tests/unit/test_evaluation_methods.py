@@ -6,7 +6,15 @@ import pytest
 
 from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
-from ets_engine.evaluation.methods import Method, check_base, label, methods_of, parse_strategy, read_settings, split_name
+from ets_engine.evaluation.methods import (
+    Method,
+    check_base,
+    label,
+    methods_of,
+    parse_strategy,
+    read_settings,
+    split_name,
+)
 
 BASE = SearchConfig(lambda_b=0.5, max_tokens=99)
 
