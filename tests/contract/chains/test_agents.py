@@ -11,7 +11,6 @@ from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, MessagesState, StateGraph
 from pydantic import BaseModel
 
 from ets_engine import ConfigError, HostedEngine
@@ -27,6 +26,7 @@ from ets_integrations.agents import (
 )
 from ets_integrations.langchain import ChatETS
 
+from .graphs import graph
 from .scripted import Script, scripted, spied
 
 
@@ -199,22 +199,6 @@ def test_samples_that_fail_do_not_count_unless_all_do() -> None:
 
 
 # ---------------------------------------------------------------------- graphs
-
-
-def graph(model: ChatETS) -> Any:
-    def solve(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [model.invoke(state["messages"])]}
-
-    async def asolve(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [await model.ainvoke(state["messages"])]}
-
-    from langchain_core.runnables import RunnableLambda
-
-    built = StateGraph(MessagesState)
-    built.add_node("solve", RunnableLambda(solve, afunc=asolve))
-    built.add_edge(START, "solve")
-    built.add_edge("solve", END)
-    return built.compile()
 
 
 def slow() -> ChatETS:

@@ -8,13 +8,12 @@ import pytest
 from langchain.agents import create_agent
 from langchain_core.language_models import FakeListChatModel, FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage
-from langchain_core.runnables import RunnableLambda
-from langgraph.graph import END, START, MessagesState, StateGraph
 
 from ets_engine import HostedEngine
 from ets_integrations.agents import ETSMiddleware, VerifierMiddleware, always, first_turn
 from ets_integrations.langchain import ChatETS, LangChainPolicy, judge
 
+from .graphs import graph
 from .scripted import scripted
 
 QUESTION: Any = {"messages": [HumanMessage("2+2?")]}
@@ -22,20 +21,6 @@ QUESTION: Any = {"messages": [HumanMessage("2+2?")]}
 
 def marker(*marks: str) -> Any:
     return judge(FakeListChatModel(responses=list(marks or ("7", "8"))))
-
-
-def graph(model: Any) -> Any:
-    def solve(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [model.invoke(state["messages"])]}
-
-    async def asolve(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [await model.ainvoke(state["messages"])]}
-
-    built = StateGraph(MessagesState)
-    built.add_node("solve", RunnableLambda(solve, afunc=asolve))
-    built.add_edge(START, "solve")
-    built.add_edge("solve", END)
-    return built.compile()
 
 
 def over_a_judge() -> Any:
