@@ -2,8 +2,8 @@
 
 The three read the same input. Keys and values have few weights where heads share them (GQA), too few to keep a GPU at
 work: in the shape of Llama-3.1-8B, 32 layers of three products take an H100 1.04 ms for 96 to 160 rows, of one 0.69 to
-0.73. Gate and up of an MLP, the other two that share an input, are as fast apart (2.9 ms), and on a CPU one product is
-slower, for its three parts do not lie one after the other in memory.
+0.73. Gate and up of an MLP, the other two that share an input, are as fast apart (2.9 ms; `gated_linear.py` joins them
+another way), and on a CPU one product is slower, for its three parts do not lie one after the other in memory.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def join_linears(model: torch.nn.Module) -> int:
     joined = 0
     for module in list(model.modules()):
         found = [getattr(module, name, None) for name in NAMES]
-        layers = [one for one in found if _is_plain(one)]
+        layers = [one for one in found if is_plain(one)]
         if len(layers) == len(NAMES) and len(set(map(_kind, layers))) == 1:
             joint = JointLinear(layers)
             for number, name in enumerate(NAMES):
@@ -84,7 +84,8 @@ def join_linears(model: torch.nn.Module) -> int:
     return joined
 
 
-def _is_plain(layer: object) -> TypeGuard[torch.nn.Linear]:
+def is_plain(layer: object) -> TypeGuard[torch.nn.Linear]:
+    """Whether a module is a linear layer and nothing else: not quantised, no adapter, no hooks."""
     if type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter:  # a quantised weight's own
         return False
     return not layer._forward_hooks and not layer._forward_pre_hooks

@@ -131,9 +131,13 @@ class Runner:
             join_linears(model)
         speed_up_linears(model)
         shapes, windows = probe_layers(model)
+        self._implementation: Literal["eager", "triton"] = self._choose_attention(shapes)
+        if self._implementation == "triton" and self.device.type == "cuda":
+            from ets_engine.runtime.gated_linear import join_gates
+
+            join_gates(model)
         if self.config.compile_layers:
             compile_layers(model)
-        self._implementation: Literal["eager", "triton"] = self._choose_attention(shapes)
         self._use_pool(shapes, None, LOAD_TOKENS)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
         self.stats = RunnerStats()

@@ -224,6 +224,29 @@ if INTERPRETED:
         logits[5, 700] = float("nan")
         assert draw_by_blocks(logits, None, draws)[1].isnan().tolist() == [row == 5 for row in range(12)]
 
+    def test_a_gated_product_is_that_of_its_layers() -> None:
+        """Rows that one tile holds, and more; outputs that tiles divide, and others."""
+        from ets_engine.runtime.gated_linear import BLOCK_M, gated_linear
+
+        generator = torch.Generator().manual_seed(0)
+        for rows, outputs, inputs, dtype in (
+            (1, 64, 64, BF16),
+            (5, 192, 128, FP16),
+            (BLOCK_M, 64, 64, BF16),
+            (BLOCK_M + 1, 64, 64, FP16),
+            (7, 40, 64, BF16),
+            (7, 64, 40, FP16),
+        ):
+            x, gate, up = (
+                torch.randn(*shape, generator=generator).to(dtype)
+                for shape in ((1, rows, inputs), (outputs, inputs), (outputs, inputs))
+            )
+            found = gated_linear(x, gate, up)
+            exact, high = x.double() @ gate.double().T, x.double() @ up.double().T
+            exact = torch.nn.functional.silu(exact) * high
+            assert found.shape == exact.shape and found.dtype == dtype
+            assert (found.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max(), (rows, dtype)
+
     def test_a_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         """As on a GPU: layouts on the CPU, one work list for all layers; loading compares it with plain attention."""
         from transformers import LlamaConfig, LlamaForCausalLM

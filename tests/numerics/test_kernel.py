@@ -44,7 +44,7 @@ def test_the_kernel_equals_the_specification_in_the_interpreter() -> None:
         pytest.skip(f"the interpreter of triton 3.6 is known to run the kernel, {found} has another")
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     output = run(["-m", "pytest", *options, str(CASES)], TRITON_INTERPRET="1")
-    assert f"{len(kernel_cases.SMALL) + 2} passed" in output
+    assert f"{len(kernel_cases.SMALL) + 3} passed" in output
 
 
 def test_importing_attention_loads_no_compiler() -> None:
@@ -57,7 +57,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ets_engine.attention import kernel
-from ets_engine.runtime import draw_kernel
+from ets_engine.runtime import draw_kernel, gated_linear
 
 def compiled(function, types, numbers, how, capability):
     constants = {name: numbers.get(name) for name in function.arg_names if name not in types}
@@ -95,6 +95,16 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
     strides = {f"{name}_{kind}_stride": "i32" for name in ("key", "value") for kind in ("token", "head")}
     types = {name: "*" + dtype for name in ("cache", "keys", "values")} | {"slots": "*i32"} | strides
     assert compiled(kernel._store, types, numbers | {"BLOCK_K": 4}, {}, capability).asm["cubin"]
+    if size == 2:
+        types = {name: "*" + dtype for name in ("rows", "gate", "up", "output")}
+        types |= {name: "i32" for name in ("num_rows", "outputs", "inputs")}
+        blocks = {name: getattr(gated_linear, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+        num_stages = min(gated_linear.MOST_STAGES, (shared_kb << 10) // gated_linear.STAGE_BYTES)
+        options = {"num_warps": 8, "num_stages": num_stages}
+        result = compiled(gated_linear._multiply_gated, types, blocks, options, capability)
+        assert result.asm["cubin"] and result.metadata.shared <= shared_kb << 10, result.metadata
+        types = {"gates": "*" + dtype, "ups": "*" + dtype, "count": "i32"}
+        assert compiled(gated_linear._gate, types, {"BLOCK": 1024}, {}, capability).asm["cubin"]
     types = {name: "*fp32" for name in ("temperatures", "tops", "sums", "tempered")} | {"logits": "*" + dtype}
     types |= {name: "i32" for name in ("row_stride", "vocabulary", "count")}
     assert compiled(draw_kernel._sum_blocks, types, {"BLOCK": 256, "BLOCKS": 8}, {}, capability).asm["cubin"]
