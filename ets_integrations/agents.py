@@ -19,6 +19,7 @@ from ets_engine.scorers import CallableVerifier, Scorer
 from ets_integrations.langchain.chat import ChatETS
 from ets_integrations.langchain.inner_calls import INNER
 from ets_integrations.langchain.messages import from_langchain
+from ets_integrations.langchain.settings import CALL_SETTINGS
 
 Condition = Callable[[ModelRequest[Any]], bool]
 """Decides from a model call whether it is searched."""
@@ -68,6 +69,9 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
         name: Of this middleware in traces, None = the class's. An agent takes several under different names.
         settings: Of these searches, as `width=8`.
 
+    Raises:
+        ConfigError: A setting is unknown, out of range, or one that a call cannot change.
+
     Example:
         agent = create_agent(
             plain_model, tools, middleware=[ETSMiddleware(ChatETS(model=...), when=no_pending_tools, width=8)]
@@ -92,6 +96,9 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
         self._may_call = tools
         self._settings = settings
         model.resolve_search(settings)  # refuses what no search could honour
+        if unknown := sorted(settings.keys() - {*CALL_SETTINGS, "model"}):
+            allowed = ", ".join(sorted(CALL_SETTINGS))
+            raise ConfigError(f"{type(self).__name__} has no setting {', '.join(unknown)}; choose from {allowed}")
 
     @property
     def name(self) -> str:

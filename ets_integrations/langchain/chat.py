@@ -268,7 +268,7 @@ class ChatETS(SearchSettings, BaseChatModel):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_provider"] = "ets"
+        params["ls_provider"], params["ls_model_name"] = "ets", self.model_id(kwargs.get("model"))
         config = self.resolve_search(kwargs, stop=stop)
         params["ls_temperature"] = config.temperature
         params["ls_max_tokens"] = config.max_tokens

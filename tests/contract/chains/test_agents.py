@@ -134,6 +134,8 @@ def test_a_searched_call_without_tools() -> None:
 def test_a_bad_setting_is_refused_when_the_middleware_is_made() -> None:
     with pytest.raises(ConfigError, match="width"):
         ETSMiddleware(chat(), width=0)
+    with pytest.raises(ConfigError, match="no setting rounds; choose from"):
+        ETSMiddleware(chat(), rounds=3)
     with pytest.raises(ConfigError, match="samples=0"):
         VerifierMiddleware(lambda problem, steps: 1.0, samples=0)
 

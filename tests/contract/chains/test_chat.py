@@ -457,5 +457,7 @@ def test_langsmith_sees_what_is_searched() -> None:
     params = ChatETS(model="fake/ets", temperature=0.5)._get_ls_params(model="fake/other")
     assert (params["ls_provider"], params["ls_model_name"]) == ("ets", "fake/other")
     assert (params["ls_temperature"], params["ls_max_tokens"]) == (0.5, SearchConfig().max_tokens)
+    hosted = ChatETS(engine=HostedEngine(lambda request: [Step("The answer is 2.", 5)], name="desk"))
+    assert hosted._get_ls_params()["ls_model_name"] == "desk"
     metadata = ChatETS(model="fake/ets").metadata
     assert metadata is not None and "ets-integrations" in metadata["lc_versions"]
