@@ -15,10 +15,8 @@ import typer
 
 from ets_engine.commands import measure, models
 from ets_engine.commands.common import (
-    COVERING,
     EXIT_ABORTED,
     EXIT_FAILURE,
-    PRICED,
     StepSeparator,
     engine_settings,
     fail,
@@ -35,6 +33,9 @@ if TYPE_CHECKING:
     from ets_engine.remote import RemoteEngine
     from ets_engine.service import ETSEngine
     from ets_engine.types import SearchResult
+
+PRICED = ("ets", "ets_kv", "ets_published")  # strategies that heed lambda_b
+COVERING = ("ets", "ets_published")  # and lambda_d
 
 app = typer.Typer(
     name="ets",

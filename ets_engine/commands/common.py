@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ets_engine.config import EngineConfig
 
 EXIT_ANSWER, EXIT_FAILURE, EXIT_USAGE, EXIT_ABORTED = 0, 1, 2, 130
-PRICED = ("ets", "ets_kv", "ets_published")  # strategies that heed lambda_b
-COVERING = ("ets", "ets_published")  # and lambda_d
 
 
 def option(metavar: str, text: str, *, default: object = None) -> Any:
