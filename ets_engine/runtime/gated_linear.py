@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ets_engine.runtime.joint_linear import is_plain
+from ets_engine.runtime.joint_linear import is_hooked, is_plain
 
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK_M = 128  # rows of the only tile
@@ -109,7 +109,7 @@ def _layers(module: torch.nn.Module) -> tuple[torch.nn.Linear, torch.nn.Linear, 
         return None
     if any(one.bias is not None or one.weight.dtype not in DTYPES for one in (gate, up, down)):
         return None
-    if gate.weight.shape != up.weight.shape or module._forward_hooks or module._forward_pre_hooks:
+    if gate.weight.shape != up.weight.shape or is_hooked(module):
         return None
     return gate, up, down
 

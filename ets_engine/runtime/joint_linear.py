@@ -85,10 +85,15 @@ def join_linears(model: torch.nn.Module) -> int:
 
 
 def is_plain(layer: object) -> TypeGuard[torch.nn.Linear]:
-    """Whether a module is a linear layer and nothing else: not quantised, no adapter, no hooks."""
+    """Whether a module is a linear layer and nothing else: not quantised, no adapter, nothing hooked into it."""
     if type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter:  # a quantised weight's own
         return False
-    return not layer._forward_hooks and not layer._forward_pre_hooks
+    return not is_hooked(layer)
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether somebody looks at what a module reads or gives, or has replaced how (as accelerate does)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _kind(layer: torch.nn.Linear) -> tuple[object, ...]:

@@ -44,6 +44,10 @@ def test_what_computes_something_else_stays():
     watched.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
     watched.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert join_gates(watched) == 0
+    moved = llama()
+    for layer in moved.model.layers:
+        layer.mlp.forward = layer.mlp.forward  # as accelerate does
+    assert join_gates(moved) == 0
 
 
 @pytest.mark.gpu

@@ -86,7 +86,9 @@ def test_layers_that_differ_or_are_watched_stay():
     quantised.q_proj.weight = torch.nn.Parameter(quantised.q_proj.weight.detach().as_subclass(Quantised))
     unknown = attention()
     unknown.k_proj = torch.nn.Identity()
-    for module in (half, hooked, mixed, quantised, unknown):
+    replaced = attention()
+    replaced.k_proj.forward = replaced.k_proj.forward
+    for module in (half, hooked, mixed, quantised, unknown, replaced):
         assert join_linears(module) == 0 and not isinstance(module.q_proj, LinearPart)
 
 
