@@ -96,7 +96,7 @@ def tree_attention_triton(
 def plan_pass(pieces: Pieces, cache: torch.Tensor, *, group: int, room: int = 0) -> WorkList:
     """The work list, on the CPU, of layers with such a cache ([S, 2, K, D]) and `group` query heads to a KV head."""
     kv_heads, dim = cache.shape[2:]
-    tallest, processors, shared = heights(dim, cache.dtype), _processors(cache.device), _shared_bytes(cache.device)
+    tallest, processors, shared = heights(dim, cache.dtype), processors_of(cache.device), shared_bytes_of(cache.device)
     hows = [launch(height, _block_d(dim), cache.dtype.itemsize, shared) for height in tallest]
     # five low tiles run at once on a multiprocessor, but chunks cut for three leave fewer partial results
     tiles_wanted = [max(1, processors * min(how.at_once, 3) // kv_heads) for how in hows]
@@ -161,7 +161,7 @@ def run_work(
     }
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         for part in work.parts:
-            how = launch(part.height, block_d, query.dtype.itemsize, _shared_bytes(query.device))
+            how = launch(part.height, block_d, query.dtype.itemsize, shared_bytes_of(query.device))
             options: dict[str, Any] = {"BLOCK_M": part.height, "BLOCK_N": how.block_n, "AHEAD": how.ahead}
             options |= {"num_warps": how.num_warps, "num_stages": how.num_stages, **_early(query.device)}
             lists = work.tiles(part), work.entries, work.slots
@@ -232,12 +232,14 @@ def _early(device: torch.device) -> dict[str, bool]:
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU (count); 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @lru_cache
-def _shared_bytes(device: torch.device) -> int:
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory that a block of a GPU may use (bytes); elsewhere an H100's."""
     if device.type != "cuda":
         return SHARED_BYTES_OF_H100
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -10,12 +10,12 @@ multiprocessors idle. Inference only.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from ets_engine.attention.kernel import processors_of, shared_bytes_of
 from ets_engine.runtime.joint_linear import is_hooked, is_plain
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -74,9 +74,9 @@ def gated_linear(input: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
     outputs, inputs = gate.shape
     rows = input.reshape(-1, inputs).contiguous()
     with torch.cuda.device(input.device) if input.device.type == "cuda" else nullcontext():
-        if len(rows) <= BLOCK_M and inputs % BLOCK_K == 0 and fills(outputs, _processors(input.device)):
+        if len(rows) <= BLOCK_M and inputs % BLOCK_K == 0 and fills(outputs, processors_of(input.device)):
             output = rows.new_empty((len(rows), outputs))
-            grid, how = (outputs // BLOCK_N,), {"num_warps": 8, "num_stages": _stages(input.device)}
+            grid, how = (outputs // BLOCK_N,), {"num_warps": 8, "num_stages": num_stages(shared_bytes_of(input.device))}
             sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
             _multiply_gated[grid](rows, gate, up, output, len(rows), outputs, inputs, **sizes, **how)
         else:
@@ -100,6 +100,11 @@ def fills(outputs: int, processors: int) -> bool:
     """
     tiles, rest = divmod(outputs, BLOCK_N)
     return rest == 0 and tiles >= LEAST_FULL * processors * -(-tiles // processors)
+
+
+def num_stages(shared_bytes: int) -> int:
+    """Stages of the pipeline that so much shared memory holds (count)."""
+    return min(MOST_STAGES, shared_bytes // STAGE_BYTES)
 
 
 def _layers(module: torch.nn.Module) -> tuple[torch.nn.Linear, torch.nn.Linear, torch.nn.Linear] | None:
@@ -126,20 +131,6 @@ def _is_gated(module: torch.nn.Module, gate: torch.nn.Linear, up: torch.nn.Linea
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
     return torch.allclose(found, expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache
-def _stages(device: torch.device) -> int:
-    """Of the pipeline that the shared memory of a multiprocessor holds."""
-    if device.type != "cuda":
-        return MOST_STAGES
-    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return max(2, min(MOST_STAGES, shared_bytes // STAGE_BYTES))
 
 
 @triton.jit

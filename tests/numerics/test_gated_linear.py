@@ -10,7 +10,8 @@ from ets_engine.config import EngineConfig
 from ets_engine.runtime import Runner
 
 pytest.importorskip("triton")
-from ets_engine.runtime.gated_linear import BLOCK_M, GatedMLP, gated_linear, join_gates
+from ets_engine.attention.kernel import processors_of
+from ets_engine.runtime.gated_linear import BLOCK_M, BLOCK_N, GatedMLP, gated_linear, join_gates
 
 SIZES = {
     "vocab_size": 64,
@@ -24,7 +25,12 @@ SIZES = {
 
 def llama(dtype: torch.dtype = torch.bfloat16, **others: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **others)).to(dtype).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **others})).to(dtype).eval()
+
+
+def outputs_that_fill(device: torch.device) -> int:
+    """As many as make one whole round of tiles, so that they are one launch."""
+    return BLOCK_N * processors_of(device)
 
 
 def test_every_mlp_is_replaced_once_and_keeps_its_weights():
@@ -55,7 +61,7 @@ def test_what_computes_something_else_stays():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_a_gated_product_equals_plain_layers_on_a_gpu(rows, dtype, cuda):
     torch.manual_seed(0)
-    for outputs, inputs in ((14336, 4096), (1000, 576)):
+    for outputs, inputs in ((14336, 4096), (1000, 576), (outputs_that_fill(cuda), 576)):
         x = torch.randn(1, rows, inputs, device=cuda, dtype=dtype)
         gate, up = (torch.randn(outputs, inputs, device=cuda, dtype=dtype) / inputs**0.5 for _ in range(2))
         exact = torch.nn.functional.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
@@ -67,7 +73,7 @@ def test_a_gated_product_equals_plain_layers_on_a_gpu(rows, dtype, cuda):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_runner_on_a_gpu_gives_the_models_own_states(compiled, cuda):
-    plain = llama(**{"max_position_embeddings": 256}).to(cuda)
+    plain = llama(max_position_embeddings=256, intermediate_size=outputs_that_fill(cuda)).to(cuda)
     runner = Runner(copy.deepcopy(plain), EngineConfig(compile_layers=compiled, kv_pool_tokens=1024))
     assert sum(isinstance(one, GatedMLP) for one in runner.model.modules()) == 2
     ids = torch.randint(0, 64, (150,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -99,8 +99,7 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
         types = {name: "*" + dtype for name in ("rows", "gate", "up", "output")}
         types |= {name: "i32" for name in ("num_rows", "outputs", "inputs")}
         blocks = {name: getattr(gated_linear, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-        num_stages = min(gated_linear.MOST_STAGES, (shared_kb << 10) // gated_linear.STAGE_BYTES)
-        options = {"num_warps": 8, "num_stages": num_stages}
+        options = {"num_warps": 8, "num_stages": gated_linear.num_stages(shared_kb << 10)}
         result = compiled(gated_linear._multiply_gated, types, blocks, options, capability)
         assert result.asm["cubin"] and result.metadata.shared <= shared_kb << 10, result.metadata
         types = {"gates": "*" + dtype, "ups": "*" + dtype, "count": "i32"}
