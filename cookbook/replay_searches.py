@@ -150,7 +150,7 @@ def _search(tree: PrefixTree, replay: Replay, ids: Ids, owner: int) -> Search:
     began_s, cpu_s = time.perf_counter(), time.process_time()
     step_seconds: list[float] = []
     total_tokens = peak_tokens = 0  # resident, summed over decode steps and at most
-    for number, wanted in enumerate(_walk(tree, replay, ids, owner)):
+    for number, wanted in enumerate(walk(tree, replay, ids, owner)):
         seconds = yield wanted
         resident = tree.resident_tokens_of(owner)
         peak_tokens = max(peak_tokens, resident)
@@ -166,7 +166,7 @@ def _search(tree: PrefixTree, replay: Replay, ids: Ids, owner: int) -> Search:
     )
 
 
-def _walk(tree: PrefixTree, replay: Replay, ids: Ids, owner: int) -> Iterator[Wanted]:
+def walk(tree: PrefixTree, replay: Replay, ids: Ids, owner: int) -> Iterator[Wanted]:
     """The passes of a replay, forks and releases between them; its KV is held until its last tokens are read."""
     leaves = {0: (tree.root(owner), ids[0])}  # KV node, and the tokens at its end that are not read yet
     for one, children in replay.numbered():

@@ -305,6 +305,11 @@ class PrefixTree:
         node = self._node(handle)
         return node.slots[: node.num_tokens]
 
+    def lengths(self, handles: Iterable[int]) -> tuple[list[int], list[int]]:
+        """`num_tokens` and `path_tokens` of some nodes (counts). [B] each."""
+        nodes = [self._node(handle) for handle in handles]
+        return [node.num_tokens for node in nodes], [node.prefix_tokens + node.num_tokens for node in nodes]
+
     def ends(self, handles: Iterable[int]) -> tuple[list[int], list[int]]:
         """Own tokens of some nodes that have any (counts), and where the K/V of the last one lies (slots). [B] each."""
         nodes = [self._node(handle) for handle in handles]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.runtime.branches import Branch, FinishedBranch, Leaf
 from ets_engine.runtime.leaves import Leaves
 from ets_engine.runtime.runner import Runner
-from ets_engine.runtime.sampler import SamplingParams, certainties, check_drawn, draw, uniforms
+from ets_engine.runtime.sampler import certainties, check_drawn, draw, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
 from ets_engine.runtime.transfer import Readback, upload
 from ets_engine.runtime.usage import Usages
@@ -273,10 +272,11 @@ class StepDecoder:
     def _parts(self, tokens: Sequence[int]) -> list[_Part]:
         """Who stays together at the tokens just drawn, row by row."""
         parts: list[_Part] = []
-        places = count()
+        stop = 0
         for number, row in enumerate(self._rows):
-            alike: dict[int, list[int]] = {}
-            for place in islice(places, len(row.members)):
+            start, stop = stop, stop + len(row.members)
+            alike = {tokens[start]: [start]}
+            for place in range(start + 1, stop):
                 alike.setdefault(tokens[place], []).append(place)
             quiet, read = row.quiet, row.tokens
             goes_on = quiet is not None and read and len(read) + 1 < row.most_tokens and quiet[read[-1]]
@@ -347,9 +347,16 @@ class StepDecoder:
             [one.branch.node for one in live],
             [row.first.parent.path_tokens + len(row.tokens) for row in self._rows for _ in row.members],
         )
+        asked = [place for place, one in enumerate(live) if one.branch.needs_certainty]
+        if self.runner.uses_graphs and not asked:
+            states = [row.state for row in self._rows for _ in row.members]
+            own = states == list(range(len(self._states)))
+            params = [one.branch.sampling for one in live]
+            drawn = self.runner.draw(self._states if own else self._states[self._index(states)], params, draws)
+            return *drawn, torch.zeros_like(drawn[1])
         kinds: dict[tuple[int, int], int] = {}  # the distributions that tokens are drawn from
         places: list[int] = []  # of each, among the states
-        params: list[SamplingParams] = []
+        params = []
         drawn_from: list[int] = []
         for row in self._rows:
             for one in row.members:
@@ -359,12 +366,6 @@ class StepDecoder:
                     places.append(row.state)
                     params.append(sampling)
                 drawn_from.append(kind)
-        asked = [place for place, one in enumerate(live) if one.branch.needs_certainty]
-        if self.runner.uses_graphs and not asked:
-            places, params = [places[kind] for kind in drawn_from], [one.branch.sampling for one in live]
-            states = self._states if places == list(range(len(self._states))) else self._states[self._index(places)]
-            tokens, logprobs = self.runner.draw(states, params, draws)
-            return tokens, logprobs, torch.zeros_like(logprobs)
         logits = self.runner.logits(self._states)
         if places != list(range(len(logits))):
             logits = logits[self._index(places)]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ets_engine.attention.growing import GrowingWork
 from ets_engine.attention.kernel import plan_pass, run_work, store
 from ets_engine.attention.work import WorkList
 from ets_engine.kv import DecodeLayout, KVPool
@@ -102,6 +103,7 @@ class PassGraphs:
     windows: Sequence[int | None]
     heads: int
     _passes: dict[Hashable, _Pass] = field(default_factory=dict)
+    _growing: dict[Hashable, GrowingWork] = field(default_factory=dict)  # work lists of the last pass, by `_kind`
     _num_pages: int = 0
     _staged: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     _sent: torch.cuda.Event | None = None
@@ -138,16 +140,24 @@ class PassGraphs:
         return hidden[:rows]
 
     def _plan(self, layout: DecodeLayout, room: int) -> dict[Hashable, WorkList]:
-        works: dict[Hashable, WorkList] = {}
-        same: dict[Hashable, WorkList] = {}  # a window that hides nothing has the work list of no window
-        for window, cache in zip(self.windows, self.pool.layers, strict=True):
-            name, pieces = _kind(window, cache), layout.within(window)
-            if name not in works:
-                shared = id(pieces), cache.shape[2:]
-                if shared not in same:
-                    same[shared] = plan_pass(pieces, cache, group=self.heads // cache.shape[2], room=room)
-                works[name] = same[shared]
-        return works
+        """Work lists of the layers' kinds: the last pass's brought up to date, or new ones."""
+        if layout.pieces is None:
+            for growing in set(self._growing.values()):
+                if layout.rows is not None:
+                    growing.keep(layout.rows)
+                growing.grow(layout.write_slots)
+        else:
+            self._growing = {}
+            same: dict[Hashable, GrowingWork] = {}  # a window that hides nothing has the work list of no window
+            for window, cache in zip(self.windows, self.pool.layers, strict=True):
+                name, pieces = _kind(window, cache), layout.pieces[window]
+                if name not in self._growing:
+                    shared = id(pieces), cache.shape[2:]
+                    if shared not in same:
+                        work = plan_pass(pieces, cache, group=self.heads // cache.shape[2], room=room)
+                        same[shared] = GrowingWork(work, pieces.stop[-len(layout.positions) :])
+                    self._growing[name] = same[shared]
+        return {name: growing.work for name, growing in self._growing.items()}
 
     def _stage(self, room: int, layout: DecodeLayout, works: dict[Hashable, WorkList]) -> torch.Tensor:
         """All that changes from pass to pass, in one pinned buffer that the last pass no longer reads."""

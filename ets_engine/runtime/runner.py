@@ -334,18 +334,17 @@ class Runner:
 
     def _append(self, rows: Rows) -> list[int]:
         """Make room for all new tokens or for none; the tokens each node had before (counts)."""
-        tree = self.tree
-        if not rows or len({handle for handle, _ in rows}) != len(rows) or not all(len(ids) for _, ids in rows):
+        handles, counts = [handle for handle, _ in rows], [len(tokens) for _, tokens in rows]
+        if not rows or len(set(handles)) != len(rows) or not all(counts):
             raise ValueError(f"extend needs rows with distinct nodes and >= 1 token each, got {list(rows)!r:.200}")
-        stored = [tree.num_tokens(handle) for handle, _ in rows]
+        stored, paths = self.tree.lengths(handles)
+        for path_tokens, count in zip(paths, counts, strict=True):
+            if path_tokens + count > self.context_tokens:
+                raise ContextLengthError(
+                    f"{path_tokens} + {count} tokens do not fit the model's context of {self.context_tokens}; shorten "
+                    "the prompt or lower max_tokens"
+                )
         try:
-            for handle, tokens in rows:
-                path_tokens = tree.path_tokens(handle)
-                if path_tokens + len(tokens) > self.context_tokens:
-                    raise ContextLengthError(
-                        f"{path_tokens} + {len(tokens)} tokens do not fit the model's context of "
-                        f"{self.context_tokens}; shorten the prompt or lower max_tokens"
-                    )
             self._append_all(rows, stored)
         except BaseException:
             self._rollback(rows, stored)

@@ -71,6 +71,16 @@ def test_the_bookkeeping_bench_tells_passes_from_the_rest(
     assert 0 < row["model_s"] < row["wall_s"] and 0 < row["outside_models"] < 1
 
 
+def test_the_bench_of_passes_sets_lists_that_go_on_beside_lists_made_anew(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    printed = run_recipe("bench_passes.py", "--width", "4", "--rounds", "1", monkeypatch=monkeypatch, capsys=capsys)
+    for sides in json.loads(printed.splitlines()[-1])["trees"].values():
+        assert sides["anew"]["laid_out"] == sides["anew"]["passes"] == sides["goes on"]["passes"]
+        assert 0 < sides["goes on"]["laid_out"] < sides["goes on"]["passes"] / 10
+
+
 def test_readme_of_the_cookbook_names_every_script() -> None:
     text = (COOKBOOK / "README.md").read_text()
     scripts = [path.relative_to(COOKBOOK).as_posix() for path in COOKBOOK.rglob("*.py")]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -247,13 +249,10 @@ if INTERPRETED:
             assert found.shape == exact.shape and found.dtype == dtype
             assert (found.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max(), (rows, dtype)
 
-    def test_a_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-        """As on a GPU: layouts on the CPU, one work list for all layers; loading compares it with plain attention."""
+    def tiny_llama() -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from ets_engine.attention import kernel
-        from ets_engine.runtime import runner
-
+        torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=32,
             hidden_size=32,
@@ -261,7 +260,15 @@ if INTERPRETED:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
+            initializer_range=0.2,
         )
+        return LlamaForCausalLM(config).eval()
+
+    def test_a_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a GPU: layouts on the CPU, one work list for all layers; loading compares it with plain attention."""
+        from ets_engine.attention import kernel
+        from ets_engine.runtime import runner
+
         planned = 0
 
         def count_plans(*arguments: Any, **options: Any) -> WorkList:
@@ -271,8 +278,70 @@ if INTERPRETED:
 
         monkeypatch.setattr(runner, "choose_implementation", lambda *_, **__: "triton")
         monkeypatch.setattr(kernel, "plan_pieces", count_plans)
-        ours = runner.Runner(LlamaForCausalLM(config))
+        ours = runner.Runner(tiny_llama())
         loading = planned
         prompt = ours.tree.root()
         ours.extend([(prompt, [3, 1, 4])])
         assert loading > 0 and planned == loading + 1
+
+    class Again:
+        """In place of a CUDA graph: work that is done again on the same tensors."""
+
+        def __init__(self, work: Callable[[], Any]) -> None:
+            self._work, self.result = work, work()
+
+        def replay(self) -> None:
+            self.result.copy_(self._work())
+
+    def test_passes_go_on_from_one_another_as_they_would_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Branches grow past their room and end one by one, then fork; each pass equals plain whole sequences."""
+        from ets_engine.attention import growing
+        from ets_engine.config import EngineConfig
+        from ets_engine.kv import decode
+        from ets_engine.runtime import graphs, runner
+
+        steps: Counter[str] = Counter()
+        grow, keep, empty = growing.GrowingWork.grow, growing.GrowingWork.keep, torch.empty
+        again: list[Again] = []
+
+        def capture(self: Any, work: Callable[[], Any]) -> tuple[Again, Any]:
+            self.captured += 1
+            again.append(Again(work))
+            return again[-1], again[-1].result
+
+        monkeypatch.setattr(runner, "choose_implementation", lambda *_, **__: "triton")
+        monkeypatch.setattr(runner.Runner, "_can_use_graphs", lambda _: True)
+        monkeypatch.setattr(graphs.Graphs, "capture", capture)
+        monkeypatch.setattr(torch.cuda, "Event", MagicMock)
+        monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
+        monkeypatch.setattr(decode, "SPARE_TOKENS", 3)
+        monkeypatch.setattr(growing.GrowingWork, "grow", lambda *args: steps.update(["grow"]) or grow(*args))
+        monkeypatch.setattr(growing.GrowingWork, "keep", lambda *args: steps.update(["keep"]) or keep(*args))
+        plain = tiny_llama()
+        ours = runner.Runner(tiny_llama(), EngineConfig(page_tokens=4, prefix_cache_tokens=0), verify=False)
+        rng, tree = random.Random(0), ours.tree
+        root = tree.root()
+        prompt = [rng.randrange(32) for _ in range(70)]
+        ours.extend([(root, prompt)])
+        paths = {tree.fork(root): list(prompt) for _ in range(9)}
+        for step in range(14):
+            if step == 9:  # two fork
+                ended, paths = paths, {}
+                for leaf, path in list(ended.items())[:2]:
+                    paths |= {tree.fork(leaf): list(path) for _ in range(3)}
+                for leaf in ended:
+                    tree.release(leaf)
+            elif step in (2, 6, 7, 11):
+                leaf = list(paths)[step % len(paths)]
+                del paths[leaf]
+                tree.release(leaf)
+            ids = [rng.randrange(32) for _ in paths]
+            hidden = ours.extend_drawn(list(paths), torch.tensor(ids))
+            for path, token in zip(paths.values(), ids, strict=True):
+                path.append(token)
+            with torch.inference_mode():
+                whole = plain.model(torch.tensor(list(paths.values())), use_cache=False).last_hidden_state[:, -1]
+            assert (hidden - whole).abs().max() < 1e-4, step
+            tree.check_integrity()
+        assert 0 < len(again) < 9, "most passes are replayed"
+        assert steps["grow"] >= 6 and steps["keep"] >= 2

@@ -120,7 +120,7 @@ def test_graphs_equal_plain_sequences(name: str, cuda: torch.device) -> None:
 
 
 def decode_and_compare(runner: Runner, model: torch.nn.Module) -> float:
-    """A token a time for up to 20 branches, of which every fifth round some end and others fork."""
+    """A token a time for up to 20 branches; every fifth step one ends, and every fifth some end and others fork."""
     rng, tree = random.Random(3), runner.tree
     root = tree.root()
     paths = {root: [rng.randrange(3, VOCABULARY) for _ in range(70)]}
@@ -137,6 +137,8 @@ def decode_and_compare(runner: Runner, model: torch.nn.Module) -> float:
         if step % 4 == 3:
             for row, leaf in enumerate(live):
                 worst = max(worst, float((logits[row] - plain_logits(model, paths[leaf])[-1]).abs().max()))
+        if step % 5 == 2:  # one ends; the others go on as they were laid out
+            tree.release(live.pop(step % len(live)))
         if step % 5 == 4:
             for leaf in live[::3]:
                 tree.release(leaf)
