@@ -19,8 +19,9 @@ from ets_engine.attention.growing import GrowingWork
 from ets_engine.attention.kernel import plan_pass, run_work, store
 from ets_engine.attention.work import WorkList
 from ets_engine.kv import DecodeLayout, KVPool
+from ets_engine.runtime.draw_kernel import draw_by_blocks
 from ets_engine.runtime.hook import check_calls
-from ets_engine.runtime.sampler import draw_uncut
+from ets_engine.runtime.sampler import SamplingParams, is_cut, tabulate
 
 Result = TypeVar("Result")
 Logits = Callable[[torch.Tensor], torch.Tensor]  # [B, hidden] -> [B, V]
@@ -196,14 +197,14 @@ class _Draw(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     states: torch.Tensor  # [R, hidden]
-    numbers: torch.Tensor  # [2, R], float64: draws, temperatures
+    numbers: torch.Tensor  # [5, R], float64: `sampler.tabulate`
     tokens: torch.Tensor  # [R]
     logprobs: torch.Tensor  # [R]
 
 
 @dataclass(slots=True, eq=False)
 class DrawGraphs:
-    """A model's head and the draw of a token from it, without cuts.
+    """A model's head and the draw of a token from it.
 
     Attributes:
         graphs: Of the model.
@@ -217,21 +218,21 @@ class DrawGraphs:
     _sent: torch.cuda.Event | None = None
 
     def run(
-        self, states: torch.Tensor, temperatures: Sequence[float], draws: NDArray[np.float64]
+        self, states: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`sampler.draw` from hidden states [B, hidden]; token ids [B] and their log-probabilities [B]."""
         rows = len(states)
-        room, plain = round_rows(rows), all(one == 1 for one in temperatures)
+        room, table = round_rows(rows), tabulate(params, draws)
+        plain, cut = bool((table[1] == 1).all()), any(map(is_cut, {id(one): one for one in params}.values()))
         if self._sent is not None:
             self._sent.synchronize()
-        if self._staged.numel() < 2 * room:
-            self._staged = torch.empty(4 * room, dtype=torch.float64, pin_memory=True)
-        staged = self._staged[: 2 * room].view(2, room)
-        staged.numpy()[:, :rows] = draws, temperatures
-        staged.numpy()[:, rows:] = 0.5
-        known = self._draws.get((room, plain))
+        if self._staged.numel() < len(table) * room:
+            self._staged = torch.empty(2 * len(table) * room, dtype=torch.float64, pin_memory=True)
+        staged = self._staged[: len(table) * room].view(len(table), room)
+        staged.numpy()[:, :rows], staged.numpy()[:, rows:] = table, table[:, :1]
+        known = self._draws.get((room, plain, cut))
         if known is None:
-            known = self._capture(states, staged, room, plain)
+            known = self._capture(states, staged, plain=plain, cut=cut)
         known.numbers.copy_(staged, non_blocking=True)
         self._sent = torch.cuda.Event()
         self._sent.record()
@@ -239,18 +240,19 @@ class DrawGraphs:
         known.graph.replay()
         return known.tokens[:rows].clone(), known.logprobs[:rows].clone()
 
-    def _capture(self, states: torch.Tensor, staged: torch.Tensor, room: int, plain: bool) -> _Draw:
+    def _capture(self, states: torch.Tensor, staged: torch.Tensor, *, plain: bool, cut: bool) -> _Draw:
+        room = staged.shape[1]
         static = states.new_zeros((room, states.shape[1]))
         numbers = staged.to(states.device)
 
         def work() -> tuple[torch.Tensor, torch.Tensor]:
-            draws, temperatures = numbers
-            return draw_uncut(self.logits(static), None if plain else temperatures.float(), draws)
+            temperatures = None if plain else numbers[1].float()
+            return draw_by_blocks(self.logits(static), temperatures, numbers[0], numbers[2:] if cut else None)
 
         work()
         graph, (tokens, logprobs) = self.graphs.capture(work)
-        self._draws[room, plain] = _Draw(graph, static, numbers, tokens, logprobs)
-        return self._draws[room, plain]
+        self._draws[room, plain, cut] = _Draw(graph, static, numbers, tokens, logprobs)
+        return self._draws[room, plain, cut]
 
 
 def _kind(window: int | None, cache: torch.Tensor) -> Hashable:

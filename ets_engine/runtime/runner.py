@@ -35,7 +35,7 @@ from ets_engine.runtime.hook import TreeForward, check_calls
 from ets_engine.runtime.joint_linear import join_linears
 from ets_engine.runtime.kv_memory import reserve_kv
 from ets_engine.runtime.linear import speed_up_linears
-from ets_engine.runtime.sampler import SamplingParams, draw, is_cut
+from ets_engine.runtime.sampler import SamplingParams, draw
 from ets_engine.runtime.support import (
     check_config,
     check_outputs,
@@ -431,9 +431,9 @@ class Runner:
         self, states: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A token for each hidden state, as `sampler.draw` from its logits. [B, hidden] -> [B], [B]."""
-        if self._draws is not None and len(states) <= MAX_GRAPH_ROWS and not any(map(is_cut, params)):
+        if self._draws is not None and len(states) <= MAX_GRAPH_ROWS:
             self.stats.bytes_moved += self.head_bytes
-            return self._draws.run(states, [one.temperature for one in params], draws)
+            return self._draws.run(states, params, draws)
         return draw(self.logits(states), params, draws)
 
     def _probe(self, prompt: list[int], branches: list[list[int]], windows: Sequence[int | None]) -> list[torch.Tensor]:

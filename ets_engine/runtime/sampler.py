@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def draw(
     draws: NDArray[np.float64],
     rows: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sample` that a GPU has not done yet when it returns, top-p apart; the log-probability of a bad row is NaN.
+    """`sample` that a GPU has not done yet when it returns; the log-probability of a bad row is NaN.
 
     Args:
         logits: Of each distribution. Shape [R, V].
@@ -129,45 +130,41 @@ def draw(
         draws: As many as tokens are wanted. Shape [B].
         rows: Which distribution each is from, None = one each.
     """
-    device, plain = logits.device, all(one.temperature == 1 for one in params)
+    device = logits.device
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from ets_engine.runtime.draw_kernel import draw_by_blocks
+
+        if rows is not None:
+            logits, params = logits[upload(rows, device, torch.int64)], [params[row] for row in rows]
+        table = upload(tabulate(params, draws), device, torch.float64)
+        return draw_by_blocks(logits, table[1].float(), table[0], table[2:] if any(map(is_cut, params)) else None)
+    plain = all(one.temperature == 1 for one in params)
     temperatures = None if plain else upload([one.temperature for one in params], device, torch.float32)
-    numbers = upload(draws, device, torch.float64)
-    is_greedy = not any(one.temperature for one in params)
-    if rows is None and not is_greedy and not any(map(is_cut, params)):
-        return draw_uncut(logits, temperatures, numbers)
     index = torch.arange(len(logits), device=device) if rows is None else upload(rows, device, torch.int64)
-    logprobs = logits.float().log_softmax(-1)
-    if is_greedy:
+    logprobs = logits.float().log_softmax(-1)  # one number that is none makes its whole row NaN
+    if not any(one.temperature for one in params):
         tokens = logits.argmax(-1)[index]
     else:
+        numbers = upload(draws, device, torch.float64)
         tokens = _invert(_cut(_weights(logprobs, temperatures), params), numbers[:, None], index)
         if temperatures is not None:
             tokens = torch.where(temperatures[index] == 0, logits.argmax(-1)[index], tokens)
     return tokens, logprobs[index, tokens]
 
 
-def draw_uncut(
-    logits: torch.Tensor, temperatures: torch.Tensor | None, draws: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`draw` without cuts, as tensor operations alone, so that it can be captured in a CUDA graph.
+def tabulate(params: Sequence[SamplingParams], draws: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What decides draws besides logits: the numbers drawn, temperatures, top-p, top-k and min-p. [B] x 2 -> [5, B].
 
-    Args:
-        logits: Any float dtype. Shape [B, V].
-        temperatures: One per row, None = all are 1. Shape [B], float32.
-        draws: In (0, 1). Shape [B], float64.
-
-    Returns:
-        As `draw`.
+    Example:
+        >>> tabulate([SamplingParams(top_k=20)] * 2, np.array([0.25, 0.75])).tolist()
+        [[0.25, 0.75], [1.0, 1.0], [1.0, 1.0], [20.0, 20.0], [0.0, 0.0]]
     """
-    if logits.device.type == "cuda" and logits.shape[1] > BLOCK:
-        from ets_engine.runtime.draw_kernel import draw_by_blocks
-
-        return draw_by_blocks(logits, temperatures, draws)
-    logprobs = logits.float().log_softmax(-1)  # one number that is none makes its whole row NaN
-    tokens = _invert(_weights(logprobs, temperatures), draws[:, None])
-    if temperatures is not None:
-        tokens = torch.where(temperatures == 0, logits.argmax(-1), tokens)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    table = np.empty((5, len(params)))
+    table[0] = draws
+    alike = len({id(one) for one in params}) == 1
+    rules = [(one.temperature, one.top_p, one.top_k, one.min_p) for one in (params[:1] if alike else params)]
+    table[1:] = np.array(rules, dtype=np.float64).T
+    return table
 
 
 def is_cut(params: SamplingParams) -> bool:

@@ -210,21 +210,49 @@ if INTERPRETED:
         check(SMALL[name], torch.device("cpu"))
 
     def test_a_draw_by_blocks_draws_what_plain_torch_draws() -> None:
-        """Vocabularies that end inside a block; temperatures mixed, greedy ones among them; a row that is no number."""
+        """Vocabularies that end inside a block; all rules mixed, greedy ones among them; a row that is no number."""
         from ets_engine.runtime.draw_kernel import draw_by_blocks
-        from ets_engine.runtime.sampler import draw_uncut
+        from ets_engine.runtime.sampler import SamplingParams, draw, tabulate
 
         generator = torch.Generator().manual_seed(0)
-        for vocabulary, dtype in ((1000, FP32), (5000, BF16)):
+        plain = [SamplingParams()] * 12
+        tempered = [SamplingParams(temperature=one) for one in (0.0, 0.5, 1.0, 2.0)] * 3
+        cut = [replace(one, top_p=0.8, top_k=20) for one in tempered[:4]]
+        cut += [replace(one, top_p=0.95, min_p=0.01) for one in tempered[:4]]
+        cut += [SamplingParams(top_k=10**6, min_p=0.2), SamplingParams(top_p=1e-9), SamplingParams(top_k=1)]
+        cut += [SamplingParams(top_k=300, top_p=0.999)]
+        for vocabulary, dtype in ((200, FP32), (1000, FP32), (5000, BF16)):
             logits = (3 * torch.randn(12, vocabulary, generator=generator)).to(dtype)
             logits[3, 256:512] = -float("inf")
             draws = torch.rand(12, generator=generator, dtype=torch.float64)
-            for temperatures in (None, torch.tensor([0.0, 0.5, 1.0, 2.0] * 3)):
-                found, expected = (one(logits, temperatures, draws) for one in (draw_by_blocks, draw_uncut))
-                assert found[0].tolist() == expected[0].tolist()
+            for params in (plain, tempered, cut):
+                table = torch.from_numpy(tabulate(params, draws.numpy()))
+                temperatures = None if params is plain else table[1].float()
+                found = draw_by_blocks(logits, temperatures, draws, table[2:] if params is cut else None)
+                expected = draw(logits, params, draws.numpy())
+                assert found[0].tolist() == expected[0].tolist(), (vocabulary, params)
                 assert torch.allclose(found[1], expected[1], atol=1e-5)
         logits[5, 700] = float("nan")
-        assert draw_by_blocks(logits, None, draws)[1].isnan().tolist() == [row == 5 for row in range(12)]
+        for cuts in (None, table[2:]):
+            assert draw_by_blocks(logits, None, draws, cuts)[1].isnan().tolist() == [row == 5 for row in range(12)]
+
+    def test_what_cuts_keep_ends_where_plain_torch_ends_it() -> None:
+        """Many equal logits, and zeros of both signs: the smallest logit that is kept, and nothing beyond it."""
+        from ets_engine.runtime.draw_kernel import draw_by_blocks
+        from ets_engine.runtime.sampler import SamplingParams, _cut, tabulate
+
+        generator = torch.Generator().manual_seed(1)
+        logits = torch.randint(-3, 4, (8, 300), generator=generator).float() * -0.5
+        logits[0] = -0.0
+        logits[0, ::3] = 0.0
+        logits = logits.sort(descending=True).values  # so that the last one that is kept has the highest id
+        params = [SamplingParams(top_k=k, top_p=p, min_p=m) for k in (0, 70) for p in (1.0, 0.6) for m in (0.0, 0.4)]
+        table = torch.from_numpy(tabulate(params, np.full(len(params), 1 - 1e-9)))
+        found, _ = draw_by_blocks(logits, None, table[0], table[2:])
+        assert found.tolist() == [int(row.nonzero().max()) for row in _cut(logits.softmax(-1), params)]
+        logits = (1 + torch.arange(300, 0, -1) * torch.finfo(FP32).eps).expand(3, -1)  # neighbours as fp32 numbers
+        table = torch.from_numpy(tabulate([SamplingParams(top_k=k) for k in (1, 70, 299)], np.full(3, 1 - 1e-9)))
+        assert draw_by_blocks(logits, None, table[0], table[2:])[0].tolist() == [0, 69, 298]
 
     def test_a_gated_product_is_that_of_its_layers() -> None:
         """Rows that one tile holds, and more; outputs that tiles divide, and others."""

@@ -163,19 +163,42 @@ def test_a_gpu_finds_what_a_cpu_finds(graphs: bool, cuda: torch.device) -> None:
     assert search_steps(StepDecoder(gpu_runner("llama", cuda_graphs=graphs), Letters())) == plain
 
 
+MIXED = [
+    SamplingParams(temperature=(0.0, 0.5, 1.0, 2.0)[i % 4], top_p=(1.0, 0.9, 0.3)[i % 3], top_k=(0, 9, 0, 1, 0)[i % 5])
+    for i in range(60)
+]
+MIXED += [SamplingParams(min_p=0.1), SamplingParams(min_p=0.4, top_p=0.99, top_k=40, temperature=1.5)]
+
+
 @pytest.mark.gpu
-def test_a_captured_draw_draws_the_same(cuda: torch.device) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [
+        [SamplingParams()],
+        [SamplingParams(temperature=0.0)],
+        [SamplingParams(temperature=one) for one in (0.0, 0.5, 1.0)],
+        [SamplingParams(temperature=0.7, top_p=0.8, top_k=20)],
+        MIXED,
+    ],
+    ids=["plain", "greedy", "temperatures", "cut", "mixed"],
+)
+def test_a_captured_draw_draws_the_same(params: list[SamplingParams], cuda: torch.device) -> None:
+    """As one that waits for nothing on the way, and as the CPU's."""
     runner = gpu_runner("llama", cuda_graphs=True)
     rng = np.random.default_rng(0)
     for rows in (1, 3, 30, 100):
         states = torch.randn(rows, runner.hidden_size, device=cuda)
-        numbers = rng.random(rows)
-        for temperatures in ([1.0] * rows, [0.0] * rows, [float(i % 3) / 2 for i in range(rows)]):
-            params = [SamplingParams(temperature=one) for one in temperatures]
-            tokens, logprobs = runner.draw(states, params, numbers)
-            expected, others = draw(runner.logits(states), params, numbers)
-            assert tokens.tolist() == expected.tolist()
-            assert torch.allclose(logprobs, others, atol=1e-5)
+        numbers, of_rows = rng.random(rows), [params[row % len(params)] for row in range(rows)]
+        tokens, logprobs = runner.draw(states, of_rows, numbers)
+        logits = runner.logits(states)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            others = draw(logits, of_rows, numbers)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for found in (others, draw(logits.cpu(), of_rows, numbers)):
+            assert tokens.tolist() == found[0].tolist()
+            assert torch.allclose(logprobs.cpu(), found[1].cpu(), atol=1e-5)
 
 
 @pytest.mark.gpu
