@@ -29,7 +29,6 @@ from ets_engine.messages import Message
 from ets_engine.protocols import OnEvent, SearchOptions, SearchService
 from ets_engine.tool_calls import MalformedCallError, Toolbox, ToolView, Turn
 from ets_engine.types import SearchEvent, SearchResult
-from ets_integrations.langchain.events import Progress, aemit, emit
 from ets_integrations.langchain.messages import (
     check_result,
     figures_of,
@@ -39,7 +38,7 @@ from ets_integrations.langchain.messages import (
     usage_of,
 )
 from ets_integrations.langchain.settings import SearchSettings
-from ets_integrations.langchain.watch import awatch, watch
+from ets_integrations.langchain.watch import await_result, awatch, wait, watch
 
 
 class ChatETS(SearchSettings, BaseChatModel):
@@ -92,14 +91,7 @@ class ChatETS(SearchSettings, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._prepare(messages, stop, kwargs)
-        progress = Progress()
-        with closing(watch(call.submit)) as items:
-            for item in items:
-                if isinstance(item, SearchResult):
-                    return self._answer(call, item)
-                for name, data in progress.pick(item):
-                    emit(run_manager, name, data)
-        raise AssertionError("a search ends with a result")
+        return self._answer(call, wait(call.submit, run_manager))
 
     async def _agenerate(
         self,
@@ -109,14 +101,7 @@ class ChatETS(SearchSettings, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = await self.make_off_loop(partial(self._prepare, messages, stop, kwargs), kwargs.get("model"))
-        progress = Progress()
-        async with aclosing(awatch(call.submit)) as items:
-            async for item in items:
-                if isinstance(item, SearchResult):
-                    return self._answer(call, item)
-                for name, data in progress.pick(item):
-                    await aemit(run_manager, name, data)
-        raise AssertionError("a search ends with a result")
+        return self._answer(call, await await_result(call.submit, run_manager))
 
     def _stream(
         self,
@@ -126,12 +111,9 @@ class ChatETS(SearchSettings, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         call = self._prepare(messages, stop, kwargs)
-        progress, said = Progress(), _Said(streams=self._streams_text(call))
-        with closing(watch(call.submit)) as items:
+        said = _Said(streams=self._streams_text(call))
+        with closing(watch(call.submit, run_manager)) as items:
             for item in items:
-                if isinstance(item, SearchEvent):
-                    for name, data in progress.pick(item):
-                        emit(run_manager, name, data)
                 yield from self._chunks(call, said, item)
 
     async def _astream(
@@ -142,12 +124,9 @@ class ChatETS(SearchSettings, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = await self.make_off_loop(partial(self._prepare, messages, stop, kwargs), kwargs.get("model"))
-        progress, said = Progress(), _Said(streams=self._streams_text(call))
-        async with aclosing(awatch(call.submit)) as items:
+        said = _Said(streams=self._streams_text(call))
+        async with aclosing(awatch(call.submit, run_manager)) as items:
             async for item in items:
-                if isinstance(item, SearchEvent):
-                    for name, data in progress.pick(item):
-                        await aemit(run_manager, name, data)
                 for chunk in self._chunks(call, said, item):
                     yield chunk
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import aclosing, closing
 from functools import partial
+from queue import SimpleQueue
 from threading import Event
 from typing import Any, Self
 
@@ -20,10 +21,10 @@ from ets_engine.errors import ConfigError
 from ets_engine.messages import Prompt
 from ets_engine.protocols import SearchOptions
 from ets_engine.types import SearchEvent, SearchResult
-from ets_integrations.langchain.events import Progress, aemit, emit
+from ets_integrations.langchain.events import Progress, emit
 from ets_integrations.langchain.messages import check_result, from_langchain
 from ets_integrations.langchain.settings import SearchSettings
-from ets_integrations.langchain.watch import Submit, awatch, watch
+from ets_integrations.langchain.watch import Submit, await_result, awatch, wait, watch
 
 Question = str | Mapping[str, Any] | Sequence[Any] | PromptValue
 """A text, messages, a prompt's output, or a dict that holds one of them under "problem", "question" or "input"."""
@@ -34,8 +35,8 @@ KEYS = ("problem", "question", "input", "messages")
 class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
     """Answers a question by tree search and returns all that was found: answer, candidates, scores, KV figures.
 
-    `stream` and `astream` yield the search's events, then the result. `SearchSettings` has the fields; they can be
-    made configurable, and `SearchConfig`'s may be given per call.
+    `stream` and `astream` yield the search's events, then the result; callbacks hear of its progress however it is
+    called. `SearchSettings` has the fields; they can be made configurable, and `SearchConfig`'s may be given per call.
 
     Example:
         >>> solve = ETSRunnable(model="reference", width=16, seed=0)
@@ -73,6 +74,8 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         **kwargs: Any,
     ) -> list[SearchResult]:
         """Search for all answers together: all are submitted, then waited for, or `max_concurrency` at a time.
+
+        Progress goes to the callbacks of each one's `config`, as with `invoke`.
 
         Args:
             inputs: Questions.
@@ -126,65 +129,76 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
     def _search(
         self, question: Question, run_manager: CallbackManagerForChainRun, settings: Mapping[str, Any]
     ) -> SearchResult:
-        progress = Progress()
-        with closing(watch(self._submit(question, settings))) as items:
-            for item in items:
-                if isinstance(item, SearchResult):
-                    return check_result(item)
-                for name, data in progress.pick(item):
-                    emit(run_manager, name, data)
-        raise AssertionError("a search ends with a result")
+        return check_result(wait(self._submit(question, settings), run_manager))
 
     async def _asearch(
         self, question: Question, run_manager: AsyncCallbackManagerForChainRun, settings: Mapping[str, Any]
     ) -> SearchResult:
-        progress = Progress()
         submit = await self.make_off_loop(partial(self._submit, question, settings), settings.get("model"))
-        async with aclosing(awatch(submit)) as items:
-            async for item in items:
-                if isinstance(item, SearchResult):
-                    return check_result(item)
-                for name, data in progress.pick(item):
-                    await aemit(run_manager, name, data)
-        raise AssertionError("a search ends with a result")
+        return check_result(await await_result(submit, run_manager))
 
     def _search_all(
-        self, questions: list[Question], most: int, settings: Mapping[str, Any]
+        self,
+        questions: list[Question],
+        run_manager: list[CallbackManagerForChainRun],
+        most: int,
+        settings: Mapping[str, Any],
     ) -> list[SearchResult | Exception]:
-        cancel = Event()
-        pending: list[Future[SearchResult] | Exception] = []
-        running: set[Future[SearchResult]] = set()
+        """All answers; what a search tells comes to its own callbacks, in this thread."""
+        told: SimpleQueue[tuple[int, SearchEvent | None]] = SimpleQueue()  # by question; None = that search has ended
+        progress = [Progress() for _ in questions]
+        begun: list[Future[SearchResult] | Exception] = []
+        running, cancel = 0, Event()
         try:
-            for question in questions:
-                if len(running) >= most:
-                    running = wait(running, return_when=FIRST_COMPLETED).not_done
-                try:
-                    future = self._submit(question, settings)(lambda event: None, cancel)
-                except Exception as error:
-                    pending.append(error)
-                else:
-                    pending.append(future)
-                    running.add(future)
-            return [_outcome(one) for one in pending]
+            while running or len(begun) < len(questions):
+                if running < most and (place := len(begun)) < len(questions):
+                    begun.append(self._begin(questions[place], settings, partial(_tell, told, place), cancel))
+                    running += isinstance(begun[-1], Future)
+                    continue
+                place, event = told.get()
+                if event is None:
+                    running -= 1
+                    continue
+                for name, data in progress[place].pick(event):
+                    emit(run_manager[place], name, data)
+            return [_outcome(one) for one in begun]
         finally:
             cancel.set()  # after an interrupt nobody waits for the others
 
+    def _begin(
+        self, question: Question, settings: Mapping[str, Any], tell: Callable[[SearchEvent | None], None], cancel: Event
+    ) -> Future[SearchResult] | Exception:
+        """A search that tells its events, and None at its end; or why there is none."""
+        try:
+            future = self._submit(question, settings)(tell, cancel)
+        except Exception as error:
+            return error
+        future.add_done_callback(lambda _: tell(None))
+        return future
+
     def _watch(
-        self, questions: Iterator[Question], settings: Mapping[str, Any]
+        self, questions: Iterator[Question], run_manager: CallbackManagerForChainRun, settings: Mapping[str, Any]
     ) -> Iterator[SearchEvent | SearchResult]:
         for question in questions:
-            with closing(watch(self._submit(question, settings))) as items:
+            with closing(watch(self._submit(question, settings), run_manager)) as items:
                 for item in items:
                     yield check_result(item) if isinstance(item, SearchResult) else item
 
     async def _awatch(
-        self, questions: AsyncIterator[Question], settings: Mapping[str, Any]
+        self,
+        questions: AsyncIterator[Question],
+        run_manager: AsyncCallbackManagerForChainRun,
+        settings: Mapping[str, Any],
     ) -> AsyncIterator[SearchEvent | SearchResult]:
         async for question in questions:
             submit = await self.make_off_loop(partial(self._submit, question, settings), settings.get("model"))
-            async with aclosing(awatch(submit)) as items:
+            async with aclosing(awatch(submit, run_manager)) as items:
                 async for item in items:
                     yield check_result(item) if isinstance(item, SearchResult) else item
+
+
+def _tell(told: SimpleQueue[tuple[int, SearchEvent | None]], place: int, event: SearchEvent | None) -> None:
+    told.put((place, event))
 
 
 class _Problem(BaseModel):

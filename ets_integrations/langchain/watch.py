@@ -1,4 +1,7 @@
-"""A submitted search as its caller sees it: events while it runs, the result at the end, stopped when nobody waits."""
+"""A submitted search as its caller sees it: events while it runs, the result at the end, stopped when nobody waits.
+
+Its progress is told on the way, to whoever listens to the caller's run (`events.emit`).
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,41 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, closing, suppress
+
+from langchain_core.callbacks import BaseRunManager
 
 from ets_engine.types import SearchEvent, SearchResult
+from ets_integrations.langchain.events import Progress, aemit, emit
 
 Submit = Callable[[Callable[[SearchEvent], None], threading.Event], "Future[SearchResult]"]
 """`submit(on_event, cancel)`: starts a search that tells its events and can be stopped."""
 
 
-def watch(submit: Submit) -> Generator[SearchEvent | SearchResult, None, None]:
+def watch(submit: Submit, run_manager: BaseRunManager | None) -> Generator[SearchEvent | SearchResult, None, None]:
     """The events of a search in this thread, then its result; closing the iterator stops the search.
 
     Raises:
         ETSError: The search failed, or was not let in.
     """
     events: queue.SimpleQueue[SearchEvent | None] = queue.SimpleQueue()
+    progress = Progress()
     cancel = threading.Event()
     future = submit(events.put, cancel)
     future.add_done_callback(lambda _: events.put(None))
     try:
         while (event := events.get()) is not None:
+            for name, data in progress.pick(event):
+                emit(run_manager, name, data)
             yield event
         yield future.result()
     finally:
         _stop(future, cancel)
 
 
-async def awatch(submit: Submit) -> AsyncGenerator[SearchEvent | SearchResult, None]:
+async def awatch(
+    submit: Submit, run_manager: BaseRunManager | None
+) -> AsyncGenerator[SearchEvent | SearchResult, None]:
     """`watch` for an event loop, which is never blocked; a cancelled task stops its search.
 
     Raises:
@@ -41,6 +52,7 @@ async def awatch(submit: Submit) -> AsyncGenerator[SearchEvent | SearchResult, N
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[SearchEvent | None] = asyncio.Queue()
+    progress = Progress()
     cancel = threading.Event()
 
     def put(event: SearchEvent | None) -> None:
@@ -51,10 +63,34 @@ async def awatch(submit: Submit) -> AsyncGenerator[SearchEvent | SearchResult, N
     future.add_done_callback(lambda _: put(None))
     try:
         while (event := await events.get()) is not None:
+            for name, data in progress.pick(event):
+                await aemit(run_manager, name, data)
             yield event
         yield future.result()
     finally:
         _stop(future, cancel)
+
+
+def wait(submit: Submit, run_manager: BaseRunManager | None) -> SearchResult:
+    """The result of a search; an exception in this thread stops it.
+
+    Raises:
+        ETSError: As `watch`.
+    """
+    with closing(watch(submit, run_manager)) as items:
+        for item in items:
+            if isinstance(item, SearchResult):
+                return item
+    raise AssertionError("a search ends with a result")
+
+
+async def await_result(submit: Submit, run_manager: BaseRunManager | None) -> SearchResult:
+    """`wait` for an event loop; a cancelled task stops its search."""
+    async with aclosing(awatch(submit, run_manager)) as items:
+        async for item in items:
+            if isinstance(item, SearchResult):
+                return item
+    raise AssertionError("a search ends with a result")
 
 
 def _stop(future: Future[SearchResult], cancel: threading.Event) -> None:

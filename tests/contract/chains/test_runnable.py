@@ -198,6 +198,30 @@ async def test_callbacks_hear_the_progress_of_ainvoke(what: Any) -> None:
     assert ears.names == ALL
 
 
+def test_callbacks_hear_the_progress_of_each_question_of_a_batch() -> None:
+    ears = [Ears(), Ears()]
+    solve = ETSRunnable(engine=scripted(delay_s=0.12)[0], width=2)
+    solve.batch(
+        ["1?", "2?", {"topic": 3}], config=[{"callbacks": [one]} for one in (*ears, Ears())], return_exceptions=True
+    )
+    for one in ears:
+        assert one.names == ALL
+        assert [name for name, _ in one.heard if name in ("ets.start", "ets.end")] == ["ets.start", "ets.end"]
+
+
+def test_callbacks_hear_the_progress_of_a_stream_of_events() -> None:
+    ears = Ears()
+    list(ETSRunnable(engine=scripted(delay_s=0.12)[0], width=2).stream(QUESTION, config={"callbacks": [ears]}))
+    assert ears.names == ALL
+
+
+async def test_callbacks_hear_the_progress_of_an_astream_of_events() -> None:
+    ears = AsyncEars()
+    solve = ETSRunnable(engine=scripted(delay_s=0.12)[0], width=2)
+    assert [item async for item in solve.astream(QUESTION, config={"callbacks": [ears]})]
+    assert ears.names == ALL
+
+
 @pytest.mark.parametrize("streams", [False, True])
 async def test_astream_events_shows_progress_in_a_chain(streams: bool) -> None:
     chat = ChatETS(engine=scripted(delay_s=0.12)[0], width=2, disable_streaming=not streams)
