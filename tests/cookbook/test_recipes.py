@@ -81,6 +81,16 @@ def test_the_bench_of_passes_sets_lists_that_go_on_beside_lists_made_anew(
         assert 0 < sides["goes on"]["laid_out"] < sides["goes on"]["passes"] / 10
 
 
+def test_the_bench_of_the_scorer_sets_what_is_kept_beside_reading_anew(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--searches", "1", "--width", "4")
+    printed = run_recipe("bench_prm_scorer.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    for row in json.loads(printed.splitlines()[-1])["rows"]:
+        assert row["calls"] > 1 and row["tokens"]["kept"] < row["tokens"]["anew"]
+        assert row["largest_gap"] < 1e-4, "the same scores"
+
+
 def test_readme_of_the_cookbook_names_every_script() -> None:
     text = (COOKBOOK / "README.md").read_text()
     scripts = [path.relative_to(COOKBOOK).as_posix() for path in COOKBOOK.rglob("*.py")]
