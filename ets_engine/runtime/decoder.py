@@ -180,7 +180,8 @@ class StepDecoder:
         leaves: dict[Hashable, Leaf] = {}  # of the steps that end now
         try:
             with self._readback.reading():
-                tokens, logprobs, certainty = (one.tolist() for one in drawn)
+                tokens, logprobs = drawn[0].tolist(), drawn[1].tolist()
+                certainty = [0.0] * len(tokens) if drawn[2] is None else drawn[2].tolist()
                 check_drawn(logprobs)
                 parts = self._parts(tokens)
                 done = [part for part in parts if part.reason is not None]
@@ -336,10 +337,11 @@ class StepDecoder:
     def _tokens_left(self, branch: Branch) -> int:
         return min(branch.max_tokens, self.runner.context_tokens - branch.parent.path_tokens)
 
-    def _draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The next token of every live branch, its log-probability, and the model's certainty where it is asked for.
 
-        Shape [B] each, on the device, which may not have them yet. Repeating it gives the same tokens.
+        Shape [B] each, on the device, which may not have them yet; certainty is None where nobody asks. Repeating it
+        gives the same tokens.
         """
         live = [one for row in self._rows for one in row.members]
         draws = uniforms(
@@ -352,8 +354,7 @@ class StepDecoder:
             states = [row.state for row in self._rows for _ in row.members]
             own = states == list(range(len(self._states)))
             params = [one.branch.sampling for one in live]
-            drawn = self.runner.draw(self._states if own else self._states[self._index(states)], params, draws)
-            return *drawn, torch.zeros_like(drawn[1])
+            return *self.runner.draw(self._states if own else self._states[self._index(states)], params, draws), None
         kinds: dict[tuple[int, int], int] = {}  # the distributions that tokens are drawn from
         places: list[int] = []  # of each, among the states
         params = []
@@ -371,10 +372,10 @@ class StepDecoder:
             logits = logits[self._index(places)]
         one_each = drawn_from == list(range(len(kinds)))
         tokens, logprobs = draw(logits, params, draws, None if one_each else drawn_from)
+        if not asked:
+            return tokens, logprobs, None
         certainty = torch.zeros_like(logprobs)
-        if asked:
-            measured = certainties(logits[self._index([drawn_from[place] for place in asked])])
-            certainty[self._index(asked)] = measured
+        certainty[self._index(asked)] = certainties(logits[self._index([drawn_from[place] for place in asked])])
         return tokens, logprobs, certainty
 
     def _end(self, part: _Part, handle: int, leaves: dict[Hashable, Leaf]) -> tuple[Leaf, tuple[int, ...], str]:

@@ -27,8 +27,8 @@ class ETSPredict(dspy.Predict):
 
     Leaves that do not parse into the signature's fields are dropped. Answers are told apart, and voted on, by the last
     output field, as in `dspy.majority`; the other fields are those of the best leaf that gave it. `pred.completions`
-    holds the distinct answers, best first, and `pred._ets` the figures of the search. With an LM that is no ETSLM, the best of `n_candidates`
-    samples answers.
+    holds the distinct answers, best first, and `pred._ets` the figures of the search. With an LM that is no ETSLM, the
+    best of `n_candidates` samples answers.
 
     Args:
         signature: As in `dspy.Predict`.
