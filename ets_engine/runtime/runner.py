@@ -383,7 +383,8 @@ class Runner:
         self.stats.forwards += 1
         self.stats.tokens += len(ids)
         self.stats.bytes_moved += self.weight_bytes
-        if self._passes is not None and len(ids) == len(rows) <= MAX_GRAPH_ROWS:
+        is_decode = len(rows) <= MAX_GRAPH_ROWS and all(len(tokens) == 1 for _, tokens in rows)
+        if self._passes is not None and is_decode:
             decode = self._decodes.build([handle for handle, _ in rows])
             for window, token_bytes in self._window_bytes.items():
                 self.stats.bytes_moved += decode.distinct_tokens[window] * token_bytes

@@ -371,5 +371,15 @@ if INTERPRETED:
                 whole = plain.model(torch.tensor(list(paths.values())), use_cache=False).last_hidden_state[:, -1]
             assert (hidden - whole).abs().max() < 1e-4, step
             tree.check_integrity()
+        leaf, path = next(iter(paths.items()))
+        paths |= {tree.fork(leaf): path for _ in range(12 - len(paths))} | {tree.root(): []}
+        del paths[leaf]
+        counts = [1] * 11 + [12]  # a prompt of as many tokens as there are rows, which is no token of each
+        new = {leaf: [rng.randrange(32) for _ in range(count)] for leaf, count in zip(paths, counts, strict=True)}
+        hidden = ours.extend_last(list(new.items()))
+        for row, (leaf, path) in enumerate(paths.items()):
+            with torch.inference_mode():
+                whole = plain.model(torch.tensor([[*path, *new[leaf]]]), use_cache=False).last_hidden_state[0, -1]
+            assert (hidden[row] - whole).abs().max() < 1e-4, row
         assert 0 < len(again) < 9, "most passes are replayed"
         assert steps["grow"] >= 6 and steps["keep"] >= 2
