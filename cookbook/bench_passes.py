@@ -31,7 +31,7 @@ from ets_engine.attention import kernel
 from ets_engine.evaluation.machine import provenance
 from ets_engine.kv import DecodeLayoutBuilder, KVPool, LayerShape, LayoutBuilder, PrefixTree, decode
 from ets_engine.runtime.graphs import Graphs, PassGraphs, round_rows
-from ets_engine.runtime.runner import KERNEL_MIN_SAVED_TOKENS
+from ets_engine.runtime.passes import KERNEL_MIN_SAVED_TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "bench_passes.jsonl"
 PROCESSORS = 132  # of an H100

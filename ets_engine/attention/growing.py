@@ -40,17 +40,14 @@ class GrowingWork:
         self.work = work
         self._numbers: IntArray = work.numbers.numpy()
         self._ends = ends.astype(np.int32)
-        self._tile_of = np.full(len(ends), -1, dtype=np.int32)  # the tile with the row's last token, in `_numbers`
-        for part in work.parts:
-            stops = self._tiles(part)[:, 1]
-            row = np.searchsorted(self._ends, stops).clip(max=len(ends) - 1)
-            found = np.flatnonzero(self._ends[row] == stops)
-            self._tile_of[row[found]] = part.start + WIDTH * found
-        self._num_entries = max(int(self._tiles(part)[:, 2:].sum(axis=1).max()) for part in work.parts)
-        self._num_merges = int(np.count_nonzero(work.merges[:, 2]))
+        self._tile_of = np.zeros(
+            0, dtype=np.int32
+        )  # the tile with the row's last token, in `_numbers`; once it is asked
+        self._num_entries = self._num_merges = 0
 
     def keep(self, rows: NDArray[np.integer]) -> None:
         """Only these rows, ascending places among those there are; what the others saw is read for them no more."""
+        self._look_through()
         place = np.full(len(self._ends), -1, dtype=np.int32)
         place[rows] = np.arange(len(rows), dtype=np.int32)
         stays, self._num_entries = _keep(self.work.entries.numpy()[: self._num_entries], place)
@@ -67,6 +64,7 @@ class GrowingWork:
 
     def grow(self, slots: NDArray[np.integer]) -> None:
         """One more token for each row, at these slots. [B]."""
+        self._look_through()
         numbers = self._numbers
         numbers[self._ends] = slots
         self._ends += 1
@@ -80,6 +78,7 @@ class GrowingWork:
         Raises:
             AssertionError: naming what is wrong.
         """
+        self._look_through()
         entries, num_rows = self.work.entries.numpy(), len(self._ends)
         for row, (at, end) in enumerate(zip(self._tile_of, self._ends, strict=True)):
             _, stop, first, count = self._numbers[at : at + WIDTH]
@@ -90,6 +89,19 @@ class GrowingWork:
                 for query, start, stop, _ in entries[first : first + count]:
                     assert 0 <= query < num_rows, f"entry of {query}, one of {num_rows} rows"
                     assert max(begin, start) < min(end, stop), f"row {query} sees nothing of slots {begin} to {end}"
+
+    def _look_through(self) -> None:
+        """Find what is changed later, before the first change: many a list is read once and planned anew."""
+        if len(self._tile_of):
+            return
+        self._tile_of = np.full(len(self._ends), -1, dtype=np.int32)
+        for part in self.work.parts:
+            stops = self._tiles(part)[:, 1]
+            row = np.searchsorted(self._ends, stops).clip(max=len(self._ends) - 1)
+            found = np.flatnonzero(self._ends[row] == stops)
+            self._tile_of[row[found]] = part.start + WIDTH * found
+        self._num_entries = max(int(self._tiles(part)[:, 2:].sum(axis=1).max()) for part in self.work.parts)
+        self._num_merges = int(np.count_nonzero(self.work.merges[:, 2]))
 
     def _tiles(self, part: Tiles) -> IntArray:
         return self.work.tiles(part).numpy()

@@ -237,6 +237,10 @@ class DecodeLayoutBuilder:
         self._batch = batch
         return DecodeLayout(batch.positions.copy(), new, pieces, rows, distinct)
 
+    def forget(self) -> None:
+        """The last pass counts for nothing: its tokens were taken back."""
+        self._batch = None
+
     def _plan(self, handles: IntArray, stored: IntArray) -> _Batch:
         plan = self.layouts.plan(handles.tolist())
         nothing = np.zeros(0, dtype=np.int64)

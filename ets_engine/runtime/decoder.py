@@ -211,7 +211,7 @@ class StepDecoder:
                 states, opened = read[: len(going)], read[len(going) :].clone()  # leaves live longer than rows
         except BaseException:
             if ahead is not None:
-                self._forget_last(range(len(rows)))
+                self.runner.take_back([row.handle for row in rows])
             for handle in forked:
                 self.runner.tree.release(handle)
             raise

@@ -16,7 +16,8 @@ import triton.language as tl
 from ets_engine.runtime.sampler import BLOCK
 
 BLOCKS_AT_ONCE = 8
-SEARCHED_AT_ONCE = 8192  # logits
+SEARCHED_AT_ONCE = 4096  # logits
+ORDER_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 BELOW_ONE = tl.constexpr(1 - 2.0**-53)
 
 
@@ -25,8 +26,8 @@ def draw_by_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `sampler.draw`, on a GPU or in Triton's interpreter. Can be captured in a CUDA graph.
 
-    Sums are of fp32 inside a block and of fp64 beyond it: a token whose rank is within 1e-6 of where top-p ends may
-    fall on its other side.
+    Weights are added in fp32 where they are few: a token that is within 1e-6 of where top-p ends may fall on its
+    other side.
 
     Args:
         logits: Any float dtype, contiguous along V. Shape [B, V].
@@ -53,7 +54,7 @@ def draw_by_blocks(
     sizes = logits.stride(0), vocabulary, count
     some, every = (rows, -(-count // BLOCKS_AT_ONCE)), triton.next_power_of_2(count)
     with torch.cuda.device(logits.device) if logits.device.type == "cuda" else nullcontext():
-        _sum_blocks[some](*numbers, *sizes, BLOCK=BLOCK, BLOCKS=BLOCKS_AT_ONCE)
+        _sum_blocks[some](*numbers, *sizes, BLOCK=BLOCK, BLOCKS_AT_ONCE=BLOCKS_AT_ONCE)
         if cuts is not None:
             how = {"BLOCK": BLOCK, "BLOCKS": every}
             _find_least[(rows,)](*numbers, cuts, least, *sizes, AT_ONCE=SEARCHED_AT_ONCE, **how, num_warps=16)
@@ -73,10 +74,10 @@ def _sum_blocks(
     vocabulary,
     count,  # N
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS_AT_ONCE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    block = tl.program_id(1) * BLOCKS_AT_ONCE + tl.arange(0, BLOCKS_AT_ONCE)
     token = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     numbers = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
     top = tl.max(numbers, 1)
@@ -140,20 +141,21 @@ def _search(mine, vocabulary, best, temperature, target, COUNTS: tl.constexpr, A
         above = _above(mine, vocabulary, best, temperature, last.to(tl.int32), COUNTS, AT_ONCE)
         lowest += tl.sum((above >= target).to(tl.int64), 0) * width
         width = width >> 2
-    bits = lowest.to(tl.int32)
+    # where rounding lets nothing reach the target, all is kept
+    bits = tl.maximum(lowest, ORDER_OF_MINUS_INFINITY).to(tl.int32)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _above(mine, vocabulary, best, temperature, keys, COUNTS: tl.constexpr, AT_ONCE: tl.constexpr):
     """How many of a row's logits are above each of some ([N], in the order of `_order`), or what they weigh. [N]."""
-    result = tl.zeros(keys.shape, tl.float64)
+    result = tl.zeros([keys.shape[0], AT_ONCE], tl.float32)
     for start in range(0, vocabulary, AT_ONCE):
         token = start + tl.arange(0, AT_ONCE)
         number = tl.load(mine + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
         one = tl.where(token < vocabulary, 1.0, 0.0) if COUNTS else tl.exp((number - best) / temperature)
-        result += tl.sum(tl.where(_order(number)[None, :] > keys[:, None], one[None, :], 0.0), 1).to(tl.float64)
-    return result
+        result += tl.where(_order(number)[None, :] > keys[:, None], one[None, :], 0.0)
+    return tl.sum(result.to(tl.float64), 1)
 
 
 @triton.jit

@@ -6,9 +6,9 @@ Policy and verifier are the same thing here: a decoder-only base model over a KV
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,24 +18,15 @@ from transformers import PreTrainedModel
 from ets_engine.attention.api import choose_implementation
 from ets_engine.config import EngineConfig
 from ets_engine.errors import ContextLengthError, PoolExhaustedError, UnsupportedModelError
-from ets_engine.kv import (
-    DecodeLayoutBuilder,
-    KVPool,
-    LayerShape,
-    LayoutBuilder,
-    PrefixCache,
-    PrefixTree,
-    Row,
-    TreeLayout,
-)
+from ets_engine.kv import KVPool, LayerShape, PrefixCache, PrefixTree, Row
 from ets_engine.kv.pool import INITIAL_TOKENS
-from ets_engine.runtime.batching import Chunk, plan_forwards
+from ets_engine.runtime.batching import plan_forwards
 from ets_engine.runtime.compile import compile_layers
-from ets_engine.runtime.hook import TreeForward, check_calls
 from ets_engine.runtime.joint_linear import join_linears
 from ets_engine.runtime.kv_memory import reserve_kv
 from ets_engine.runtime.linear import speed_up_linears
-from ets_engine.runtime.sampler import SamplingParams, draw
+from ets_engine.runtime.passes import Passes, Read
+from ets_engine.runtime.sampler import SamplingParams
 from ets_engine.runtime.support import (
     check_config,
     check_outputs,
@@ -46,15 +37,8 @@ from ets_engine.runtime.support import (
 )
 from ets_engine.runtime.transfer import upload
 
-if TYPE_CHECKING:
-    from ets_engine.runtime.graphs import DrawGraphs, PassGraphs
-
-# A segment costs the kernel a partial result per query, written and read: of 32 bits, about four tokens for each query
-# head of a KV head. That many tokens saved pay for it.
-KERNEL_MIN_SAVED_TOKENS = 64
 LOAD_TOKENS = 64  # of the pool that a model is tried with, before the memory for its own is known
 CUDA_INITIAL_TOKENS = 1 << 20  # of the pool, or all it may have: captured passes are lost when it grows
-MAX_GRAPH_ROWS = 512  # larger passes keep a GPU busy without a graph
 
 Rows = Sequence[tuple[int, Sequence[int]]]
 
@@ -138,12 +122,12 @@ class Runner:
             join_gates(model)
         if self.config.compile_layers:
             compile_layers(model)
-        self._use_pool(shapes, None, LOAD_TOKENS)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
         self.stats = RunnerStats()
-        self._use_graphs = False
+        self._use_pool(shapes, None, LOAD_TOKENS)
+        self._captures = False
         self._use_windows(windows)
-        self._use_graphs = self._can_use_graphs()
+        self._captures = self._can_use_graphs()
         self._use_windows(windows)
         if verify:
             check_outputs(model, windows, self._probe)
@@ -174,10 +158,10 @@ class Runner:
         """
         initial_tokens = INITIAL_TOKENS if self.device.type == "cpu" else CUDA_INITIAL_TOKENS
         self._use_pool(self.tree.pool.shapes, max_tokens, initial_tokens)
-        self._use_windows(self._windows)
+        self._use_windows(self._passes.windows)
 
     def _use_pool(self, shapes: Sequence[LayerShape], max_tokens: int | None, initial_tokens: int) -> None:
-        """Start an empty tree over a new pool; layouts and graphs of the old ones are `_use_windows`'s to renew."""
+        """Start an empty tree over a new pool; passes through the old one are `_use_windows`'s to renew."""
         pool = KVPool(
             shapes,
             page_tokens=self.config.page_tokens,
@@ -206,7 +190,7 @@ class Runner:
     @property
     def uses_graphs(self) -> bool:
         """Whether decode passes are CUDA graphs."""
-        return self._passes is not None
+        return self._passes.graphs is not None
 
     def _can_use_graphs(self) -> bool:
         """Whether a decode pass of this model can be captured: not if it waits for the GPU on its way.
@@ -222,8 +206,8 @@ class Runner:
                     "use cuda_graphs='auto'"
                 )
             return False
-        self._use_graphs = True
-        self._use_windows(self._windows)
+        self._captures = True
+        self._use_windows(self._passes.windows)
         root = self.tree.root()
         try:
             self.extend_last([(root, [0])])
@@ -235,36 +219,21 @@ class Runner:
             return False
         finally:
             self.tree.release(root)
-            self._use_graphs = False
+            self._captures = False
         return True
 
     def _use_windows(self, windows: Sequence[int | None], min_saved_tokens: int | None = None) -> None:
-        """Take the sliding window of each layer (tokens, None = it sees whole paths), and make layouts for them."""
-        self._windows = windows
-        self._passes: PassGraphs | None = None
-        self._draws: DrawGraphs | None = None
-        if self._use_graphs:
-            from ets_engine.runtime.graphs import DrawGraphs, Graphs, PassGraphs
-
-            heads = text_config(self.model).num_attention_heads
-            graphs = Graphs()
-            self._passes = PassGraphs(graphs, self._base, self.tree.pool, windows, heads)
-            self._draws = DrawGraphs(graphs, self._logits)
-        uses_kernel = self._implementation == "triton"
-        if uses_kernel and min_saved_tokens is None:
-            min_saved_tokens = KERNEL_MIN_SAVED_TOKENS
-        self._layouts = LayoutBuilder(
+        """Make passes through the tree for the sliding window of each layer (tokens, None = it sees whole paths)."""
+        self._passes = Passes(
+            self._base,
+            self._logits,
             self.tree,
-            device="cpu" if uses_kernel else self.device,  # the kernel's work list is made there
-            bias_dtype=torch.promote_types(self.dtype, torch.float32),
+            windows,
+            implementation=self._implementation,
+            heads=text_config(self.model).num_attention_heads,
+            captures=self._captures,
             min_saved_tokens=min_saved_tokens,
-            windows=[window for window in windows if window is not None],
         )
-        self._decodes = DecodeLayoutBuilder(self._layouts)
-        self._window_bytes: dict[int | None, int] = {}  # KV of one token over the layers with that window
-        for shape, window in zip(self.tree.pool.shapes, windows, strict=True):
-            token_bytes = 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
-            self._window_bytes[window] = self._window_bytes.get(window, 0) + token_bytes
 
     # ------------------------------------------------------------------ the primitive
 
@@ -297,29 +266,11 @@ class Runner:
 
     def _extend(self, rows: Rows, *, last_only: bool, drawn: torch.Tensor | None = None) -> torch.Tensor:
         stored = self._append(rows)
-        lengths = [len(tokens) for _, tokens in rows]
-        sizes = [1] * len(rows) if last_only else lengths
-        ends = list(accumulate(sizes))
-        hidden: torch.Tensor | None = None
         try:
-            forwards = plan_forwards(lengths, self.config.prefill_chunk_tokens)
-            for chunks in forwards:
-                states, last_index = self._forward(rows, stored, chunks, drawn)
-                if len(forwards) == 1:
-                    hidden = states[last_index] if last_only and last_index is not None else states
-                    continue
-                if hidden is None:
-                    hidden = states.new_empty((ends[-1], states.shape[1]))
-                if last_only:
-                    done = [i for i, chunk in enumerate(chunks) if chunk.stop == lengths[chunk.row]]
-                    if done:
-                        hidden[[chunks[i].row for i in done]] = states[done if last_index is None else last_index[done]]
-                else:
-                    first = 0
-                    for row, start, stop in chunks:
-                        begin = ends[row] - sizes[row]
-                        hidden[begin + start : begin + stop] = states[first : first + stop - start]
-                        first += stop - start
+            if all(len(tokens) == 1 for _, tokens in rows):
+                ids = self._upload([tokens[0] for _, tokens in rows]) if drawn is None else drawn
+                return self._note(self._passes.decode(ids, [handle for handle, _ in rows])).states
+            return self._read(rows, stored, last_only=last_only)
         except torch.OutOfMemoryError as error:
             self._rollback(rows, stored)
             raise PoolExhaustedError(
@@ -329,8 +280,43 @@ class Runner:
         except BaseException:
             self._rollback(rows, stored)
             raise
+
+    def _read(self, rows: Rows, stored: Sequence[int], *, last_only: bool) -> torch.Tensor:
+        """Several tokens of some rows, in as many passes as their lengths ask for."""
+        lengths = [len(tokens) for _, tokens in rows]
+        sizes = [1] * len(rows) if last_only else lengths
+        ends = list(accumulate(sizes))
+        forwards = plan_forwards(lengths, self.config.prefill_chunk_tokens)
+        hidden: torch.Tensor | None = None
+        for chunks in forwards:
+            ids = self._upload([token for c in chunks for token in rows[c.row][1][c.start : c.stop]])
+            told = [Row(rows[c.row][0], stored[c.row] + c.start, c.stop - c.start) for c in chunks]
+            states, last_index, _ = self._note(self._passes.read(ids, told))
+            if len(forwards) == 1:
+                return states[last_index] if last_only and last_index is not None else states
+            if hidden is None:
+                hidden = states.new_empty((ends[-1], states.shape[1]))
+            if last_only:
+                done = [i for i, chunk in enumerate(chunks) if chunk.stop == lengths[chunk.row]]
+                if done:
+                    hidden[[chunks[i].row for i in done]] = states[done if last_index is None else last_index[done]]
+            else:
+                first = 0
+                for row, start, stop in chunks:
+                    begin = ends[row] - sizes[row]
+                    hidden[begin + start : begin + stop] = states[first : first + stop - start]
+                    first += stop - start
         assert hidden is not None
         return hidden
+
+    def _upload(self, ids: Sequence[int]) -> torch.Tensor:
+        return upload(ids, self.device, torch.int64)
+
+    def _note(self, read: Read) -> Read:
+        self.stats.forwards += 1
+        self.stats.tokens += len(read.states)
+        self.stats.bytes_moved += self.weight_bytes + read.kv_bytes
+        return read
 
     def _append(self, rows: Rows) -> list[int]:
         """Make room for all new tokens or for none; the tokens each node had before (counts)."""
@@ -364,51 +350,17 @@ class Runner:
                 sizes = zip(rows, stored, strict=True)
                 rest = [(one, len(ids)) for (one, ids), count in sizes if self.tree.num_tokens(one) == count]
 
+    def take_back(self, handles: Sequence[int]) -> None:
+        """Undo the last token of each of some leaves, all of which were read in the last pass."""
+        for handle in handles:
+            self.tree.truncate(handle, self.tree.num_tokens(handle) - 1)
+        self._passes.forget()
+
     def _rollback(self, rows: Rows, stored: Sequence[int]) -> None:
+        self._passes.forget()
         for (handle, _), count in zip(rows, stored, strict=True):
             if self.tree.num_tokens(handle) > count:
                 self.tree.truncate(handle, count)
-
-    def _forward(
-        self, rows: Rows, stored: Sequence[int], chunks: list[Chunk], drawn: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One pass: hidden states of all its tokens, and where each chunk's last is among them, None = all are such."""
-        if drawn is None:
-            tokens = [token for c in chunks for token in rows[c.row][1][c.start : c.stop]]
-            ids = upload(tokens, self.device, torch.int64)
-        else:
-            ids = (
-                drawn if len(chunks) == len(drawn) else drawn[upload([c.row for c in chunks], self.device, torch.int64)]
-            )
-        self.stats.forwards += 1
-        self.stats.tokens += len(ids)
-        self.stats.bytes_moved += self.weight_bytes
-        is_decode = len(rows) <= MAX_GRAPH_ROWS and all(len(tokens) == 1 for _, tokens in rows)
-        if self._passes is not None and is_decode:
-            decode = self._decodes.build([handle for handle, _ in rows])
-            for window, token_bytes in self._window_bytes.items():
-                self.stats.bytes_moved += decode.distinct_tokens[window] * token_bytes
-            return self._passes.run(ids, decode), None
-        layout = self._layouts.build([Row(rows[c.row][0], stored[c.row] + c.start, c.stop - c.start) for c in chunks])
-        for window, token_bytes in self._window_bytes.items():
-            self.stats.bytes_moved += layout.within(window).distinct_tokens * token_bytes
-        layout = self._move(layout)
-        forward = TreeForward(self.tree.pool, layout, self._windows, self._implementation)
-        output = self._base(
-            input_ids=ids[None], position_ids=layout.position_ids[None], use_cache=False, ets_tree=forward
-        )
-        check_calls(forward.calls, len(self.tree.pool.shapes), self.model)
-        return output.last_hidden_state[0], layout.last_index if len(ids) > layout.num_rows else None
-
-    def _move(self, layout: TreeLayout) -> TreeLayout:
-        """What the model and the pool index with, on their device; the rest stays where it was made."""
-        slots = layout.write_slots
-        return replace(
-            layout,
-            position_ids=layout.position_ids.to(self.device),
-            write_slots=slots if isinstance(slots, slice) else slots.to(self.device),
-            last_index=layout.last_index.to(self.device),
-        )
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -432,14 +384,12 @@ class Runner:
         self, states: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A token for each hidden state, as `sampler.draw` from its logits. [B, hidden] -> [B], [B]."""
-        if self._draws is not None and len(states) <= MAX_GRAPH_ROWS:
-            self.stats.bytes_moved += self.head_bytes
-            return self._draws.run(states, params, draws)
-        return draw(self.logits(states), params, draws)
+        self.stats.bytes_moved += self.head_bytes
+        return self._passes.draw(states, params, draws)
 
     def _probe(self, prompt: list[int], branches: list[list[int]], windows: Sequence[int | None]) -> list[torch.Tensor]:
         """Outputs of whole sequences, prompt shared, branches token by token: every path through the code."""
-        tree, usual = self.tree, self._windows
+        tree, usual = self.tree, self._passes.windows
         self._use_windows(windows, min_saved_tokens=0)
         root = tree.root()
         shared = [self.extend([(root, prompt)])]

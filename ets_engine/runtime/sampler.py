@@ -162,9 +162,16 @@ def tabulate(params: Sequence[SamplingParams], draws: NDArray[np.float64]) -> ND
     table = np.empty((5, len(params)))
     table[0] = draws
     alike = len({id(one) for one in params}) == 1
-    rules = [(one.temperature, one.top_p, one.top_k, one.min_p) for one in (params[:1] if alike else params)]
+    rules = [_rules(one) for one in (params[:1] if alike else params)]
     table[1:] = np.array(rules, dtype=np.float64).T
     return table
+
+
+def _rules(params: SamplingParams) -> tuple[float, float, float, float]:
+    """Temperature, top-p, top-k and min-p; the likeliest token outlasts all cuts."""
+    if not params.temperature:
+        return 0.0, 1.0, 0.0, 0.0
+    return params.temperature, params.top_p, min(params.top_k, 1 << 30), params.min_p
 
 
 def is_cut(params: SamplingParams) -> bool:
@@ -222,7 +229,7 @@ def _least(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
         if most == vocabulary or not reaches or not bool((inside[:, -1:] & (p < 1) & (k > most)).any()):
             break
         most = min(vocabulary, 8 * most)
-    last = ordered.gather(1, inside.sum(-1, keepdim=True) - 1)
+    last = ordered.gather(1, (inside.sum(-1, keepdim=True) - 1).clamp_min(0))  # of NaN, nothing is inside
     return torch.maximum(torch.where((k < vocabulary) | (p < 1), last, 0.0), floor * ordered[:, :1])
 
 

@@ -26,6 +26,7 @@ from ets_engine.errors import (
 from ets_engine.models import TreePolicy
 from ets_engine.protocols import Frontier, Selection
 from ets_engine.runtime import Runner
+from ets_engine.runtime.passes import Passes
 from ets_engine.search.selectors import Rebase
 from ets_engine.service import ETSEngine
 from ets_engine.serving import Models
@@ -205,20 +206,20 @@ def test_pruned_pages_are_free_before_the_next_forward_pass(engine: ETSEngine, m
     kept: list[tuple[int, ...]] = []
     seen: list[tuple[tuple[int, ...], int, int]] = []
     policy_tree = runners(engine)[0].tree
-    retain, forward = TreePolicy.retain, Runner._forward
+    retain, read = TreePolicy.retain, Passes.read
 
     def noting_retain(self: TreePolicy, leaves: Sequence[int]) -> None:
         retain(self, leaves)
         kept.append(tuple(leaves))
 
-    def noting_forward(self: Runner, *arguments: Any) -> Any:
-        if self.tree is policy_tree and kept:
-            seen.append((kept.pop(), self.tree.resident_tokens, self.tree.resident_pages))
-            self.tree.check_integrity()
-        return forward(self, *arguments)
+    def noting_read(self: Passes, *arguments: Any) -> Any:
+        if self._tree is policy_tree and kept:
+            seen.append((kept.pop(), self._tree.resident_tokens, self._tree.resident_pages))
+            self._tree.check_integrity()
+        return read(self, *arguments)
 
     monkeypatch.setattr(TreePolicy, "retain", noting_retain)
-    monkeypatch.setattr(Runner, "_forward", noting_forward)
+    monkeypatch.setattr(Passes, "read", noting_read)
     result = engine.search(PROBLEM, settings("beam", width=8, trace=True, merge_branches=False))
     assert result.trace is not None and len(seen) >= 3
     parents = {node.id: node.parent for node in result.trace}
@@ -238,15 +239,15 @@ def test_pruned_pages_are_free_before_the_next_forward_pass(engine: ETSEngine, m
 @pytest.mark.parametrize("strategy", ["ets", "ets_kv"])
 def test_a_hard_budget_holds(engine: ETSEngine, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the figure nor what the pool really held in any forward pass is above the budget."""
-    tree, forward, peak = runners(engine)[0].tree, Runner._forward, 0
+    tree, read, peak = runners(engine)[0].tree, Passes.read, 0
 
-    def noting_forward(self: Runner, *arguments: Any) -> Any:
+    def noting_read(self: Passes, *arguments: Any) -> Any:
         nonlocal peak
-        if self.tree is tree:
+        if self._tree is tree:
             peak = max(peak, tree.resident_tokens)
-        return forward(self, *arguments)
+        return read(self, *arguments)
 
-    monkeypatch.setattr(Runner, "_forward", noting_forward)
+    monkeypatch.setattr(Passes, "read", noting_read)
     cut = 0
     for seed, extra in itertools.product(range(6), (8, 30, 60)):
         budget = PROMPT_TOKENS + extra

@@ -24,8 +24,10 @@ import torch
 
 from ets_engine.config import EngineConfig, SearchConfig, Strategy
 from ets_engine.errors import EngineClosedError, EngineError, ETSError, QueueFullError
+from ets_engine.kv import Row
 from ets_engine.models import TreePolicy
 from ets_engine.runtime import Runner, StepDecoder
+from ets_engine.runtime.passes import Passes
 from ets_engine.service import ETSEngine, get_engine
 from ets_engine.serving import Scheduler
 from ets_engine.types import SearchEvent, SearchResult
@@ -263,14 +265,14 @@ def test_a_long_prompt_is_read_between_the_decode_steps_of_others(
 def test_a_device_out_of_memory_is_a_full_pool(engine: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [(problem, settings(seed=seed)) for seed, problem in enumerate(PROBLEMS)]
     alone = [Essence(engine.search(*job)) for job in jobs]
-    forward, before = Runner._forward, engine.stats().preemptions
+    read, before = Passes.read, engine.stats().preemptions
 
-    def large_ones_fail(self: Runner, rows: Any, stored: Any, chunks: Any, drawn: Any) -> Any:
-        if len(chunks) > 20:
+    def large_ones_fail(self: Passes, ids: torch.Tensor, rows: Sequence[Row]) -> Any:
+        if len(rows) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, rows, stored, chunks, drawn)
+        return read(self, ids, rows)
 
-    monkeypatch.setattr(Runner, "_forward", large_ones_fail)
+    monkeypatch.setattr(Passes, "read", large_ones_fail)
     futures = [engine.submit(*job) for job in jobs]
     assert [Essence(future.result(timeout=30)) for future in futures] == alone
     assert engine.stats().preemptions > before

@@ -57,7 +57,7 @@ def grow_and_compare(runner: Runner, model: torch.nn.Module, seed: int, rounds: 
 @pytest.mark.parametrize("min_saved_tokens", [0, 256], ids=["segments", "tails"])
 def test_random_trees_match_unshared_sequences(model_name: str, min_saved_tokens: int) -> None:
     runner = Runner(tiny_model(model_name), EngineConfig(page_tokens=4, prefill_chunk_tokens=16))
-    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=min_saved_tokens)
+    runner._passes.layouts = LayoutBuilder(runner.tree, min_saved_tokens=min_saved_tokens)
     model = tiny_model(model_name)
     for seed in range(2):
         assert grow_and_compare(runner, model, seed) < MAX_ERROR
@@ -67,7 +67,7 @@ def test_random_trees_match_by_the_attention_of_other_devices(model_name: str, m
     """What runs where torch has no kernel that returns the log-sum-exp, a GPU above all."""
     monkeypatch.setattr("ets_engine.attention.eager.attend", attend_by_matmul)
     runner = Runner(tiny_model(model_name), EngineConfig(page_tokens=4, prefill_chunk_tokens=16))
-    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=8)
+    runner._passes.layouts = LayoutBuilder(runner.tree, min_saved_tokens=8)
     assert grow_and_compare(runner, tiny_model(model_name), seed=3) < MAX_ERROR
 
 
@@ -75,12 +75,12 @@ def test_random_trees_match_by_the_attention_of_other_devices(model_name: str, m
 def test_random_trees_of_more_families_match(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, soft caps, sinks, experts, layers without rope: by segments, by tails, and by matmuls."""
     runner, model = Runner(tiny_model(family), EngineConfig(page_tokens=4, prefill_chunk_tokens=16)), tiny_model(family)
-    assert any(runner._windows) == (getattr(model.config, "sliding_window", None) is not None)
+    assert any(runner._passes.windows) == (getattr(model.config, "sliding_window", None) is not None)
     for seed, min_saved_tokens in enumerate((0, 256)):
-        runner._use_windows(runner._windows, min_saved_tokens)
+        runner._use_windows(runner._passes.windows, min_saved_tokens)
         assert grow_and_compare(runner, model, seed, rounds=5) < MAX_ERROR
     monkeypatch.setattr("ets_engine.attention.eager.attend", attend_by_matmul)
-    runner._use_windows(runner._windows, min_saved_tokens=8)
+    runner._use_windows(runner._passes.windows, min_saved_tokens=8)
     assert grow_and_compare(runner, model, seed=2, rounds=5) < MAX_ERROR
 
 
@@ -114,7 +114,7 @@ def test_a_remembered_prompt_serves_windows_too() -> None:
 def test_fp64_leaves_only_rounding() -> None:
     """In fp64 (norms still run in fp32) a small systematic error cannot hide in the tolerance for fp32."""
     runner = Runner(tiny_model("llama_gqa_rope_scaled", torch.float64), EngineConfig(page_tokens=4))
-    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=0, bias_dtype=torch.float64)
+    runner._passes.layouts = LayoutBuilder(runner.tree, min_saved_tokens=0, bias_dtype=torch.float64)
     plain = tiny_model("llama_gqa_rope_scaled", torch.float64, attention="sdpa")  # eager has its softmax in fp32
     assert grow_and_compare(runner, plain, seed=5) < 1e-6
 
@@ -122,7 +122,7 @@ def test_fp64_leaves_only_rounding() -> None:
 def test_bfloat16_errs_little_more_than_plain_transformers_in_bfloat16() -> None:
     """Against the same weights in fp32; the two round in other places, so neither is the better one everywhere."""
     runner, plain = Runner(tiny_model("qwen2", torch.bfloat16)), tiny_model("qwen2", torch.bfloat16)
-    runner._layouts = LayoutBuilder(runner.tree, min_saved_tokens=8)
+    runner._passes.layouts = LayoutBuilder(runner.tree, min_saved_tokens=8)
     exact = tiny_model("qwen2", torch.bfloat16).float()
     tree, root, prompt = runner.tree, runner.tree.root(), [3 + i * 7 % 50 for i in range(40)]
     runner.extend([(root, prompt)])
@@ -227,12 +227,12 @@ def test_bytes_moved_leaves_out_what_a_window_hides() -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 def test_windows_soft_caps_and_sinks_on_a_gpu(cuda: torch.device, family: str) -> None:
     runner = Runner(tiny_model(family).to(cuda), EngineConfig(page_tokens=4))
-    runner._use_windows(runner._windows, min_saved_tokens=0)
+    runner._use_windows(runner._passes.windows, min_saved_tokens=0)
     assert grow_and_compare(runner, tiny_model(family).to(cuda), seed=1) < 10 * MAX_ERROR
 
 
 @pytest.mark.gpu
 def test_tree_logits_on_a_gpu(cuda: torch.device) -> None:
     runner = Runner(tiny_model("qwen2").to(cuda), EngineConfig(page_tokens=4))
-    runner._layouts = LayoutBuilder(runner.tree, device=cuda, min_saved_tokens=0)
+    runner._passes.layouts = LayoutBuilder(runner.tree, device=cuda, min_saved_tokens=0)
     assert grow_and_compare(runner, tiny_model("qwen2").to(cuda), seed=1) < 10 * MAX_ERROR

@@ -136,7 +136,7 @@ def test_a_wrong_window_is_caught_though_the_few_tokens_tried_lie_inside_it(
 
 def test_trying_windows_leaves_the_config_as_it_was() -> None:
     runner = Runner(window_model(100))
-    assert runner.model.config.sliding_window == 100 and runner._windows == [100] * 3
+    assert runner.model.config.sliding_window == 100 and runner._passes.windows == [100] * 3
 
 
 def test_a_window_that_the_config_does_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,13 +86,23 @@ def test_extreme_draws_land_on_tokens_that_have_weight() -> None:
     assert logprobs.tolist() == pytest.approx([math.log(0.5)] * 2)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(0.0),
+        SamplingParams(),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=3),
+        SamplingParams(min_p=0.1),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("wrong", [[math.nan], [math.inf], [-math.inf] * 300])
-def test_logits_that_are_no_numbers_are_named(wrong: list[float], temperature: float) -> None:
+def test_logits_that_are_no_numbers_are_named(wrong: list[float], params: SamplingParams) -> None:
     logits = torch.zeros(2, 300)
     logits[1, : len(wrong)] = torch.tensor(wrong)
     with pytest.raises(ETSError, match="dtype='float32'"):
-        sample(logits, [SamplingParams(temperature)] * 2, np.array([0.5, 0.5]))
+        sample(logits, [params] * 2, np.array([0.5, 0.5]))
 
 
 def test_rows_with_settings_of_their_own_do_not_touch_each_other() -> None:
