@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ import torch
 from ets_engine.attention import tree_attention
 from ets_engine.attention.work import WorkList, plan_pieces, plan_work
 from ets_engine.kv import KVPool, LayerShape, LayoutBuilder, PrefixTree, Row, TreeLayout
+
+from .emulated_gpu import Again, emulate_gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -316,32 +317,10 @@ if INTERPRETED:
         ours.extend([(prompt, [3, 1, 4])])
         assert loading > 0 and planned == loading + 1
 
-    class Again:
-        """In place of a CUDA graph: work that is done again on the same tensors."""
-
-        def __init__(self, work: Callable[[], Any]) -> None:
-            self._work, self.result = work, work()
-
-        def replay(self) -> None:
-            self.result.copy_(self._work())
-
     @pytest.fixture
     def captured(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
         """The graphs of runners made from now on."""
-        from ets_engine.runtime import graphs, runner
-
-        empty, found = torch.empty, []
-
-        def capture(self: Any, work: Callable[[], Any]) -> tuple[Again, Any]:
-            found.append(Again(work))
-            return found[-1], found[-1].result
-
-        monkeypatch.setattr(runner, "choose_implementation", lambda *_, **__: "triton")
-        monkeypatch.setattr(runner.Runner, "_can_use_graphs", lambda _: True)
-        monkeypatch.setattr(graphs.Graphs, "capture", capture)
-        monkeypatch.setattr(torch.cuda, "Event", MagicMock)
-        monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
-        return found
+        return emulate_gpu(monkeypatch)
 
     def make_runner() -> Any:
         from ets_engine.config import EngineConfig

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from ets_engine import ETSEngine, SearchConfig
-from ets_engine.config import EngineConfig
+from ets_engine.config import EngineConfig, Strategy
 from ets_engine.errors import ETSError, PoolExhaustedError, UnsupportedModelError
+from ets_engine.reference.problems import generate_problems
 from ets_engine.runtime import Branch, Runner, SamplingParams, StepDecoder, StopRules
 from ets_engine.runtime.sampler import draw
+from ets_engine.types import EngineStats
 
 from .conftest import VOCABULARY, plain_logits, tiny_model
+from .emulated_gpu import emulate_gpu, use_plain_kernels
 from .test_decoding import PROMPT, Letters
 from .test_tree_logits import MAX_ERROR, grow_and_compare
 
@@ -94,6 +97,47 @@ def test_rows_of_graphs_are_few_and_not_much_larger() -> None:
     sizes = {round_rows(rows) for rows in range(1, 513)}
     assert len(sizes) <= 36
     assert all(rows <= round_rows(rows) <= max(rows, 1.25 * rows) for rows in range(1, 513))
+
+
+def test_an_engine_as_on_a_gpu_finds_what_it_finds_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped policy and PRM, searches of all kinds at once, with room for all and for few."""
+    pytest.importorskip("triton")
+    strategies: tuple[Strategy, ...] = ("ets", "rebase", "dvts")
+    problems = [*generate_problems("countdown", None, 1, 3), *generate_problems("story", None, 1, 2)]
+    sampling = [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}, {"min_p": 0.05}]
+    jobs = [
+        (
+            problem.problem,
+            SearchConfig(
+                width=(8, 4, 12)[i % 3],
+                strategy=strategies[i % 3],
+                seed=i,
+                max_step_tokens=(7, 30)[i % 2],
+                max_tokens=60,
+                trace=True,
+                **sampling[i],
+            ),
+        )
+        for i, problem in enumerate(problems)
+    ]
+
+    def play(**room: int) -> tuple[list[object], EngineStats]:
+        with ETSEngine.from_pretrained("reference", config=EngineConfig(device="cpu", **room)) as engine:
+            results = [future.result() for future in [engine.submit(*job) for job in jobs]]
+            found = []
+            for result in results:
+                assert result.trace is not None
+                steps = [(one.text, one.num_tokens, round(one.step_score, 3)) for one in result.trace]
+                found.append((result.answer, result.finish_reason, result.generated_tokens, steps))
+            return found, engine.stats()
+
+    expected, _ = play()
+    captured = emulate_gpu(monkeypatch)
+    use_plain_kernels(monkeypatch)
+    assert play()[0] == expected
+    assert len(captured) > 10 and sum(graph.replays for graph in captured) > 100
+    found, stats = play(kv_pool_tokens=600, page_tokens=4)
+    assert found == expected and stats.preemptions > 0
 
 
 def wide_model(name: str) -> torch.nn.Module:
