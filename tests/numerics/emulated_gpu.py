@@ -89,7 +89,6 @@ def _run_work(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each query over all slots that tiles let it see; no slot is seen twice."""
-    assert softcap is None and sinks is None
     output = torch.zeros_like(query)
     slots, entries = work.slots.numpy(), work.entries.tolist()
     seen: dict[int, list[np.ndarray[Any, Any]]] = {}
@@ -101,8 +100,12 @@ def _run_work(
         together = np.concatenate(parts)
         assert len(np.unique(together)) == len(together)
         keys, values = cache[torch.from_numpy(together).long()].repeat_interleave(work.group, 2).unbind(1)  # [U, H, D]
-        weights = torch.einsum("hd,uhd->hu", scale * query[number], keys).softmax(-1)
-        output[number] = torch.einsum("hu,uhd->hd", weights, values)
+        scores = torch.einsum("hd,uhd->hu", scale * query[number], keys)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None]], dim=1)
+        output[number] = torch.einsum("hu,uhd->hd", scores.softmax(-1)[:, : len(values)], values)
     return output
 
 

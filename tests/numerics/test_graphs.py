@@ -140,6 +140,21 @@ def test_an_engine_as_on_a_gpu_finds_what_it_finds_on_a_cpu(monkeypatch: pytest.
     assert found == expected and stats.preemptions > 0
 
 
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma2", "gemma3_text", "gpt_oss", "mistral_window", "qwen2_window", "phi3_window"]
+)
+def test_passes_as_on_a_gpu_equal_plain_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, soft caps and sinks; loading compares too, whole paths and each window alone."""
+    pytest.importorskip("triton")
+    captured = emulate_gpu(monkeypatch)
+    use_plain_kernels(monkeypatch)
+    runner = Runner(tiny_model(name), EngineConfig(page_tokens=4, prefix_cache_tokens=0))
+    model = tiny_model(name)
+    assert grow_and_compare(runner, model, seed=1) < MAX_ERROR
+    assert decode_and_compare(runner, model) < MAX_ERROR
+    assert sum(graph.replays for graph in captured) >= 10
+
+
 def wide_model(name: str) -> torch.nn.Module:
     """A tiny model whose heads are wide enough for the kernel."""
     return tiny_model(name, head_dim=16)
