@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import pickle
 import threading
@@ -10,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ets_engine.errors import EngineClosedError, EngineError
+from ets_engine.errors import EngineClosedError, EngineError, ETSError
 from ets_engine.protocols import OnEvent
 from ets_engine.scorers import EvidenceScorer
 from ets_engine.serving.helper import Helper
@@ -20,6 +21,9 @@ from ets_engine.serving.result import Outcome
 from ets_engine.serving.worker import Worker
 from ets_engine.types import EngineStats, SearchEvent
 
+MIN_LIFE_S = 60.0  # of a helper that another takes the place of: what ends one sooner would end that one too
+
+_LOGGER = logging.getLogger(__name__)
 _started: weakref.WeakSet[Crew] = weakref.WeakSet()
 
 
@@ -46,7 +50,8 @@ class Crew:
     """A worker in this process, and helpers with the same models.
 
     A search that brings a verifier or a selector of its own stays here, and so does one whose caller hands over what
-    cannot be pickled. Should a helper die, its searches begin anew here, and end with the same results.
+    cannot be pickled. Should a helper die, its searches begin anew here, and end with the same results; another is
+    started in its place, unless it had only just been started itself.
 
     Args:
         worker: Of this process.
@@ -64,8 +69,9 @@ class Crew:
         self._helpers = tuple(helpers)
         self._own = own
         self._max_queued = max_queued
-        # Of all below and of the helpers' `num_jobs` and `is_alive`. Neither a caller's function nor anything that
-        # waits runs under it; a finalizer may, `close` for one, so it can be taken twice.
+        # Of all below, of which helpers there are, and of their `num_jobs` and `is_alive`. Neither a caller's
+        # function nor anything that waits runs under it, but the start of a process; a finalizer may, `close` for
+        # one, so it can be taken twice.
         self._changed = threading.Condition(threading.RLock())
         self._guests: dict[int, _Guest] = {}
         self._num_lent = 0  # jobs that are neither delivered nor back in the worker
@@ -111,8 +117,11 @@ class Crew:
         with self._changed:
             self._is_closing = True
         for helper in self._helpers:
-            helper.expect_end()
-            helper.put(Close())
+            if helper.is_ready:
+                helper.expect_end()
+                helper.put(Close())
+            else:
+                helper.kill()
         if wait:
             with self._changed:
                 self._changed.wait_for(lambda: self._num_lent <= 0)
@@ -125,7 +134,8 @@ class Crew:
     def stop(self) -> None:
         """End the helpers at once: the process is about to go."""
         if os.getpid() == self._pid:
-            self._is_closing = self._is_stopping = True
+            with self._changed:
+                self._is_closing = self._is_stopping = True
             for helper in self._helpers:
                 helper.kill()
 
@@ -216,6 +226,24 @@ class Crew:
         for guest in left:
             if self._forget(guest.job.number):
                 self._take_back(guest)
+
+    def replace(self, helper: Helper) -> None:
+        """Start another helper in place of one that has ended."""
+        with self._changed:
+            if self._is_closing or helper.age_s < MIN_LIFE_S:
+                return
+            try:
+                another = helper.start_another()
+            except (OSError, ETSError) as error:
+                _LOGGER.warning("no other helper process can be started: %s", error)
+                return
+            self._helpers = (*self._helpers, another)  # the other one's figures still count
+            another.listen(self)
+
+    def welcome(self, helper: Helper) -> None:
+        """Another helper can be given jobs from now on."""
+        with self._changed:
+            helper.is_alive = not self._is_closing
 
     def _deliver(self, guest: _Guest, packed: bytes) -> None:
         """Complete a job's future, in the thread of its callbacks."""

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Protocol
 
-from ets_engine.errors import ConfigError, ModelLoadError
+from ets_engine.errors import ConfigError, ETSError, ModelLoadError
 from ets_engine.serving.channel import Channel
 from ets_engine.serving.messages import Order, Ready
 from ets_engine.types import EngineStats
@@ -39,6 +39,14 @@ class Listener(Protocol):
         """The process has ended, or is ended now: nothing comes from it any more."""
         ...
 
+    def replace(self, helper: Helper) -> None:
+        """It ended by itself, and all that it leaves is done."""
+        ...
+
+    def welcome(self, helper: Helper) -> None:
+        """It had not loaded its models when it was first listened to, and has now."""
+        ...
+
 
 class Helper:
     """A process with the same models as the engine's.
@@ -49,6 +57,7 @@ class Helper:
     Attributes:
         num_jobs: Jobs that it has (count); its crew counts them.
         is_alive: Whether it can be given jobs.
+        is_ready: Whether its models are loaded.
         stats: What it had done when it last finished one.
 
     Raises:
@@ -69,10 +78,12 @@ class Helper:
                 env={**os.environ, "PYTHONPATH": path},
             )
             self._channel = Channel(ours.detach())
+        self._order, self._began_s = order, time.monotonic()
         self._thread: threading.Thread | None = None
         self._is_expected_to_end = self._is_killed = False
         self.num_jobs = 0
         self.is_alive = True
+        self.is_ready = False
         self.stats: EngineStats | None = None
         self._channel.put(order)
 
@@ -85,6 +96,21 @@ class Helper:
     def exit_code(self) -> int | None:
         """Of the process, None = it has not been seen to end."""
         return self._process.returncode
+
+    @property
+    def age_s(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._began_s
+
+    def start_another(self) -> Helper:
+        """One with the same models, that can be given no jobs yet.
+
+        Raises:
+            OSError: The system has no room for one.
+        """
+        helper = Helper(self._order)
+        helper.is_alive = False
+        return helper
 
     def wait_ready(self) -> None:
         """Wait until its models are loaded.
@@ -101,9 +127,10 @@ class Helper:
         assert isinstance(ready, Ready)
         if ready.error is not None:
             raise ready.error
+        self.is_ready = True
 
     def listen(self, listener: Listener) -> None:
-        """Tell somebody what it says, until it ends."""
+        """Tell somebody what it says, until it ends; where its models are not loaded yet, when they are."""
         self._thread = threading.Thread(target=self._listen, args=(listener,), name="ets-helper", daemon=True)
         self._thread.start()
 
@@ -131,6 +158,9 @@ class Helper:
     def _listen(self, listener: Listener) -> None:
         looked_s = 0.0
         try:
+            if not self.is_ready:
+                self.wait_ready()
+                listener.welcome(self)
             while True:
                 if self._channel.poll(POLL_S if self.num_jobs else IDLE_S):
                     listener.hear(self, self._channel.get())
@@ -141,6 +171,10 @@ class Helper:
                     looked_s = time.monotonic()
         except (EOFError, OSError):
             pass
+        except ETSError as error:
+            if not self._is_killed:
+                _LOGGER.warning("another helper process could not load its models: %s", error)
+            self.kill()
         except BaseException:
             _LOGGER.exception("what a helper process said could not be read; it is ended")
             self._process.kill()
@@ -152,6 +186,7 @@ class Helper:
             _LOGGER.warning(
                 "a helper process ended with code %s; its %d searches begin anew in the engine's own", code, num_left
             )
+            listener.replace(self)
 
     def _reap(self) -> int:
         """Wait for its end, and see to it; the exit code."""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +23,7 @@ from ets_engine.errors import ConfigError, ContextLengthError, EngineClosedError
 from ets_engine.models import Preset, StepBoundary
 from ets_engine.search.selectors import Rebase
 from ets_engine.service import ETSEngine
+from ets_engine.serving import crew as crews
 from ets_engine.serving import helper as helpers
 from ets_engine.serving.crew import Crew
 from ets_engine.serving.helper import Helper
@@ -306,6 +307,56 @@ def test_searches_of_a_helper_that_dies_begin_anew_here(
         assert not helper_of(engine).is_alive
         assert engine.search(PROBLEMS[0], settings()).trace is not None, "it goes on with the processes that it has"
         settle(engine)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.002)
+
+
+def test_another_helper_takes_the_place_of_one_that_died(
+    folders: tuple[str, str], alone: ETSEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(crews, "MIN_LIFE_S", 0.0)
+    expected = [Essence(alone.search(problem, settings())) for problem in PROBLEMS]
+    with make(folders, processes=2) as engine:
+        with busy(engine):
+            futures = [engine.submit(problem, settings()) for problem in PROBLEMS]
+            assert [Essence(future.result(timeout=60)) for future in futures] == expected
+        done = engine.stats().policy_forwards
+        os.kill(pid_of(engine), signal.SIGKILL)
+        wait_for(lambda: any(one.is_alive for one in engine._crew._helpers[1:]))
+        first, second = engine._crew._helpers
+        assert not first.is_alive and engine.stats().policy_forwards == done
+        with busy(engine):
+            futures = [engine.submit(problem, settings()) for problem in PROBLEMS]
+            assert second.num_jobs > 0
+            assert [Essence(future.result(timeout=60)) for future in futures] == expected
+        settle(engine)
+    assert second.exit_code == 0 and not _is_running(second.pid)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_helper_that_dies_at_once_is_not_replaced(folders: tuple[str, str]) -> None:
+    with make(folders, processes=2) as engine:
+        os.kill(pid_of(engine), signal.SIGKILL)
+        helper_of(engine).join()
+        assert len(engine._crew._helpers) == 1
+
+
+def test_an_engine_may_close_while_another_helper_starts(
+    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(crews, "MIN_LIFE_S", 0.0)
+    engine = make(folders, processes=2)
+    os.kill(pid_of(engine), signal.SIGKILL)
+    wait_for(lambda: len(engine._crew._helpers) == 2)
+    engine.close()
+    second = engine._crew._helpers[1]
+    assert not second.is_alive and not second.is_ready and not _is_running(second.pid)
+    assert len(caplog.records) == 1, "of the first one's end"
 
 
 def test_close_finishes_what_every_process_has(folders: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
