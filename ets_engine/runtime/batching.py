@@ -28,8 +28,6 @@ def plan_forwards(lengths: Sequence[int], chunk_tokens: int) -> list[list[Chunk]
         >>> [[tuple(chunk) for chunk in forward] for forward in plan_forwards([1, 5, 1], 4)]
         [[(1, 0, 4)], [(0, 0, 1), (1, 4, 5), (2, 0, 1)]]
     """
-    if max(lengths) == 1:  # decoding
-        return [[Chunk(row, 0, 1) for row in range(len(lengths))]]
     forwards = [
         [Chunk(row, start, start + chunk_tokens)]
         for row, length in enumerate(lengths)

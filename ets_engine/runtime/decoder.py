@@ -203,8 +203,8 @@ class StepDecoder:
             ]
             states = opened = self._states[:0]
             if ahead is not None:
-                self._forget_last(part.row for part, _ in ended)
                 states = ahead[self._index([part.row for part, _ in going])] if ended else ahead
+                self._forget_last(part.row for part, _ in ended)
             elif going or unread:
                 fed = [(handle, [part.token]) for part, handle in going]
                 read = self.runner.extend_last(fed + [(leaf.handle, leaf.pending) for leaf in unread])

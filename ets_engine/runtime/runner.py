@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Literal
 
@@ -107,6 +108,8 @@ class Runner:
         self.model = model.eval()
         self._base: PreTrainedModel = model.base_model
         self._head = _head(model)
+        # It does not know this runner, which it would keep alive: passes hold it.
+        self._logits = partial(_apply_head, self._head, text_config(model), type(model).__name__)
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.hidden_size = text_config(model).hidden_size
@@ -372,13 +375,6 @@ class Runner:
         self.stats.bytes_moved += self.head_bytes
         return self._logits(hidden)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._head is None:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} has no output head; load it as a causal LM or a token classifier"
-            )
-        return _scale_logits(self._head(hidden), text_config(self.model))
-
     @torch.inference_mode()
     def draw(
         self, states: torch.Tensor, params: Sequence[SamplingParams], draws: NDArray[np.float64]
@@ -408,6 +404,12 @@ def _head(model: PreTrainedModel) -> torch.nn.Module | None:
     for name in ("score", "classifier"):
         head = getattr(model, name, None) if head is None else head
     return head
+
+
+def _apply_head(head: torch.nn.Module | None, config: object, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    if head is None:
+        raise UnsupportedModelError(f"{name} has no output head; load it as a causal LM or a token classifier")
+    return _scale_logits(head(hidden), config)
 
 
 def _scale_logits(logits: torch.Tensor, config: object) -> torch.Tensor:

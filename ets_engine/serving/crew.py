@@ -21,7 +21,7 @@ from ets_engine.serving.result import Outcome
 from ets_engine.serving.worker import Worker
 from ets_engine.types import EngineStats, SearchEvent
 
-MIN_LIFE_S = 60.0  # of a helper that another takes the place of: what ends one sooner would end that one too
+MIN_SERVED_S = 60.0  # by a helper that another takes the place of: what ends one sooner would end that one too
 
 _LOGGER = logging.getLogger(__name__)
 _started: weakref.WeakSet[Crew] = weakref.WeakSet()
@@ -51,7 +51,7 @@ class Crew:
 
     A search that brings a verifier or a selector of its own stays here, and so does one whose caller hands over what
     cannot be pickled. Should a helper die, its searches begin anew here, and end with the same results; another is
-    started in its place, unless it had only just been started itself.
+    started in its place, unless it had only just begun to serve.
 
     Args:
         worker: Of this process.
@@ -70,7 +70,7 @@ class Crew:
         self._own = own
         self._max_queued = max_queued
         # Of all below, of which helpers there are, and of their `num_jobs` and `is_alive`. Neither a caller's
-        # function nor anything that waits runs under it, but the start of a process; a finalizer may, `close` for
+        # function nor anything that waits runs under it; a finalizer may, `close` for
         # one, so it can be taken twice.
         self._changed = threading.Condition(threading.RLock())
         self._guests: dict[int, _Guest] = {}
@@ -229,16 +229,21 @@ class Crew:
 
     def replace(self, helper: Helper) -> None:
         """Start another helper in place of one that has ended."""
-        with self._changed:
-            if self._is_closing or helper.age_s < MIN_LIFE_S:
-                return
-            try:
-                another = helper.start_another()
-            except (OSError, ETSError) as error:
-                _LOGGER.warning("no other helper process can be started: %s", error)
-                return
-            self._helpers = (*self._helpers, another)  # the other one's figures still count
+        if self._is_closing or helper.served_s < MIN_SERVED_S:
+            return
+        another: Helper | None = None
+        try:
+            another = helper.start_another()
             another.listen(self)
+        except (OSError, ETSError, RuntimeError) as error:  # no process, no socket, no thread
+            _LOGGER.warning("no other helper process can be started: %s", error)
+            if another is not None:
+                another.kill()
+            return
+        with self._changed:
+            self._helpers = (*self._helpers, another)  # the other one's figures still count
+        if self._is_closing:  # by now
+            another.kill()
 
     def welcome(self, helper: Helper) -> None:
         """Another helper can be given jobs from now on."""

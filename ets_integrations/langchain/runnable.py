@@ -148,22 +148,27 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         told: SimpleQueue[tuple[int, SearchEvent | None]] = SimpleQueue()  # by question; None = that search has ended
         progress = [Progress() for _ in questions]
         begun: list[Future[SearchResult] | Exception] = []
-        running, cancel = 0, Event()
+        running, cancels = 0, [Event() for _ in questions]
         try:
             while running or len(begun) < len(questions):
-                if running < most and (place := len(begun)) < len(questions):
-                    begun.append(self._begin(questions[place], settings, partial(_tell, told, place), cancel))
+                if running < max(1, most) and (place := len(begun)) < len(questions):
+                    begun.append(self._begin(questions[place], settings, partial(_tell, told, place), cancels[place]))
                     running += isinstance(begun[-1], Future)
                     continue
                 place, event = told.get()
                 if event is None:
                     running -= 1
                     continue
-                for name, data in progress[place].pick(event):
-                    emit(run_manager[place], name, data)
+                try:
+                    for name, data in progress[place].pick(event):
+                        emit(run_manager[place], name, data)
+                except Exception as error:  # of a handler that is to be heard
+                    begun[place] = error
+                    cancels[place].set()
             return [_outcome(one) for one in begun]
         finally:
-            cancel.set()  # after an interrupt nobody waits for the others
+            for cancel in cancels:  # after an interrupt nobody waits for the others
+                cancel.set()
 
     def _begin(
         self, question: Question, settings: Mapping[str, Any], tell: Callable[[SearchEvent | None], None], cancel: Event

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -123,3 +125,17 @@ def test_graphs_survive_the_pool_that_takes_the_small_ones_place(cuda: torch.dev
     runner.reserve(8192)
     assert runner.tree.pool.num_pages == 2048, "all of it at once"
     assert decode_and_compare(runner, wide_model("llama").to(cuda)) < 10 * MAX_ERROR
+
+
+def test_a_model_and_its_pool_go_with_the_last_who_holds_the_runner() -> None:
+    """At once, not when garbage is next collected: another model may need the memory."""
+    runner = tiny_runner()
+    runner.extend([(runner.tree.root(), [3, 1, 4])])
+    held = [weakref.ref(one) for one in (runner.model, runner.tree.pool)]
+    gc.collect()
+    gc.disable()
+    try:
+        del runner
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()

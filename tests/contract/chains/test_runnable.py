@@ -209,6 +209,24 @@ def test_callbacks_hear_the_progress_of_each_question_of_a_batch() -> None:
         assert [name for name, _ in one.heard if name in ("ets.start", "ets.end")] == ["ets.start", "ets.end"]
 
 
+def test_a_callback_that_raises_ends_its_own_question_of_a_batch() -> None:
+    class Loud(Ears):
+        raise_error = True
+
+        def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:
+            raise ValueError("too loud")
+
+    solve = ETSRunnable(engine=scripted(delay_s=0.05)[0], width=2)
+    found = solve.batch(["1?", "2?"], config=[{"callbacks": [Loud()]}, {"callbacks": []}], return_exceptions=True)
+    assert isinstance(found[0], ValueError) and isinstance(found[1], SearchResult)
+
+
+@pytest.mark.parametrize("most", [-1, 0, 1])
+def test_a_batch_ends_whatever_concurrency_it_is_allowed(most: int) -> None:
+    found = solver().batch([QUESTION] * 3, config={"max_concurrency": most})
+    assert [one.answer for one in found] == ["42"] * 3
+
+
 def test_callbacks_hear_the_progress_of_a_stream_of_events() -> None:
     ears = Ears()
     list(ETSRunnable(engine=scripted(delay_s=0.12)[0], width=2).stream(QUESTION, config={"callbacks": [ears]}))
