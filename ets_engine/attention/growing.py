@@ -40,9 +40,8 @@ class GrowingWork:
         self.work = work
         self._numbers: IntArray = work.numbers.numpy()
         self._ends = ends.astype(np.int32)
-        self._tile_of = np.zeros(
-            0, dtype=np.int32
-        )  # the tile with the row's last token, in `_numbers`; once it is asked
+        # found by `_look_through`: where in `_numbers` the tile with each row's last token is, and what the list holds
+        self._tile_of = np.zeros(0, dtype=np.int32)  # [B]
         self._num_entries = self._num_merges = 0
 
     def keep(self, rows: NDArray[np.integer]) -> None:
