@@ -35,6 +35,7 @@ class ProposalRequest:
         partials: What each branch has written of its answer so far; the same text may stand there several times.
         config: Sampling, limits, stop texts and the seed, the temperature being that of the strategy.
         tools: Functions that the model may call.
+        tool_choice: Whether it must: "auto", "any" or the name of one.
         parents: Node that each branch continues, those of one node side by side; 0 is the prompt. Shape [W].
         children: Node that each branch's next step will be, ascending; no other step of this search has it. Shape [W].
         paths: The steps that make up each partial, as they were proposed. Shape [W].
@@ -45,6 +46,7 @@ class ProposalRequest:
     partials: Sequence[str]
     config: SearchConfig
     tools: Sequence[Message] = ()
+    tool_choice: str = "auto"
     parents: Sequence[int] = ()
     children: Sequence[int] = ()
     paths: Sequence[Sequence[Step]] = ()
@@ -374,6 +376,7 @@ class _HostedPolicy:
             [texts[parent] for parent in parents],
             self._config,
             self._job.tools,
+            self._job.options.get("tool_choice", "auto"),
             parents=tuple(parents),
             children=tuple(children),
             paths=[self._paths[parent] for parent in parents],

@@ -150,6 +150,7 @@ class SearchOptions(TypedDict, total=False):
         view: How solution texts map to answers, instead of the service's own; an engine of several processes may call
             it in several threads at once.
         tools: Functions that the policy may call, as JSON schemas in OpenAI's layout; nothing calls them here.
+        tool_choice: "auto", "any" or the name of one, for a policy that can pass it on; `view` is what demands it.
         problem_text: What verifiers and views read as the problem, instead of the conversation's text.
         read_step: What the service's own verifier reads of a step's text: markup that a framework asked the policy for
             is none of its business.
@@ -163,6 +164,7 @@ class SearchOptions(TypedDict, total=False):
     selector: Selector | None
     view: StepView | None
     tools: Sequence[Message]
+    tool_choice: str
     problem_text: str | None
     read_step: Callable[[str], str] | None
     on_event: OnEvent | None

@@ -299,6 +299,11 @@ class ETSEngine:
         """So many searches advance together before more of them at once gains nothing (count)."""
         return _IN_FLIGHT
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more searches, as in a fork of its process."""
+        return self._crew.is_closed
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a text as the policy reads it."""
         return len(encode(self._format.tokenizer, text))
@@ -379,7 +384,7 @@ def get_engine(model: str = REFERENCE, verifier: str | None = None, config: Engi
     key = (model, verifier, config or EngineConfig())
     with _registry_lock:
         engine = _registry.get(key)
-        if engine is None or engine._crew.is_closed:
+        if engine is None or engine.is_closed:
             engine = _registry[key] = ETSEngine.from_pretrained(*key)
         return engine
 

@@ -61,6 +61,7 @@ class Toolbox:
     Attributes:
         tools: JSON schemas in OpenAI's layout (`{"type": "function", "function": {name, parameters, ...}}`).
         choice: "auto" leaves it to the model, "none" forbids calls, "any" demands one, a name demands that tool.
+        max_calls: Most calls of one turn, None = no limit.
 
     Raises:
         ConfigError: A tool has no name, two have the same, its parameters are no JSON schema of an object (references
@@ -79,6 +80,7 @@ class Toolbox:
 
     tools: tuple[Message, ...]
     choice: str = "auto"
+    max_calls: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what could never be honoured."""
@@ -110,9 +112,11 @@ class Toolbox:
         """Text and calls of a turn.
 
         Raises:
-            MalformedCallError: It begins a call that is no valid one, or lacks the one it must have.
+            MalformedCallError: It begins a call that is no valid one, lacks the one it must have, or has too many.
         """
         turn = self._read(text)
+        if self.max_calls is not None and len(turn.calls) > self.max_calls:
+            raise MalformedCallError(f"{len(turn.calls)} calls, of at most {self.max_calls}")
         if self.is_forced and not any(self.choice in ("any", call.name) for call in turn.calls):
             raise MalformedCallError(f"no call of {'a tool' if self.choice == 'any' else self.choice}")
         return turn

@@ -21,6 +21,9 @@ from ets_integrations.langchain.inner_calls import INNER
 from ets_integrations.langchain.messages import from_langchain
 from ets_integrations.langchain.settings import CALL_SETTINGS
 
+_OWN_SETTINGS = frozenset({"temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "timeout", "effort"})
+"""What an agent's settings say of its own model, and would mean something else to a search."""
+
 Condition = Callable[[ModelRequest[Any]], bool]
 """Decides from a model call whether it is searched."""
 
@@ -59,7 +62,8 @@ def budget_left(searches: int) -> Condition:
 class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
     """Sends some of an agent's model calls through a tree search; the others go to the agent's own model.
 
-    The search proposes whole turns, tool calls among them; the agent calls the winner's tools, the search none.
+    The search proposes whole turns, tool calls among them; the agent calls the winner's tools, the search none. What
+    the agent's `model_settings` say of sampling and limits is for its own model alone.
 
     Args:
         model: Searches. Its policy must have been trained to call tools, unless `tools` is off.
@@ -91,11 +95,9 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
         super().__init__()
         self.tools = []
         self._name = name
-        self._model = model
+        self._model = model.with_search(settings)  # refuses what no search could honour
         self._when = when
         self._may_call = tools
-        self._settings = settings
-        model.resolve_search(settings)  # refuses what no search could honour
         if unknown := sorted(settings.keys() - {*CALL_SETTINGS, "model"}):
             allowed = ", ".join(sorted(CALL_SETTINGS))
             raise ConfigError(f"{type(self).__name__} has no setting {', '.join(unknown)}; choose from {allowed}")
@@ -120,7 +122,8 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
     def _redirect(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         if not self._when(request):
             return request
-        found = request.override(model=self._model, model_settings={**request.model_settings, **self._settings})
+        settings = {name: value for name, value in request.model_settings.items() if name not in _OWN_SETTINGS}
+        found = request.override(model=self._model, model_settings=settings)
         return found if self._may_call else found.override(tools=[], tool_choice=None)
 
 
@@ -136,6 +139,7 @@ class VerifierMiddleware(AgentMiddleware[Any, Any, Any]):
             its one step.
         samples: Calls of the model (count).
         when: Which calls are sampled.
+        name: Of this middleware in traces, None = the class's. An agent takes several under different names.
 
     Raises:
         ConfigError: Fewer than one sample.
@@ -144,15 +148,23 @@ class VerifierMiddleware(AgentMiddleware[Any, Any, Any]):
         agent = create_agent(plain_model, tools, middleware=[VerifierMiddleware(judge(cheap_model), samples=4)])
     """
 
-    def __init__(self, verifier: Scorer, samples: int = 4, when: Condition = no_pending_tools) -> None:
+    def __init__(
+        self, verifier: Scorer, samples: int = 4, when: Condition = no_pending_tools, *, name: str | None = None
+    ) -> None:
         """See the class."""
         super().__init__()
         if samples < 1:
             raise ConfigError(f"samples={samples}: take 1 or more")
         self.tools = []
+        self._name = name
         self._verifier = verifier
         self._samples = samples
         self._when = when
+
+    @property
+    def name(self) -> str:
+        """What tells it from the agent's other middleware."""
+        return self._name or super().name
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]

@@ -200,6 +200,7 @@ def _join(
                 verifier=question.verifier,
                 view=question.view,
                 tools=question.toolbox.tools if question.toolbox else (),
+                tool_choice=question.toolbox.choice if question.toolbox else "auto",
                 problem_text=question.problem,
                 read_step=plain_step if question.is_marked else None,
                 on_event=tell,

@@ -16,7 +16,7 @@ from langchain_core.language_models import BaseChatModel, LangSmithParams, Langu
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
@@ -29,6 +29,7 @@ from ets_engine.messages import Message
 from ets_engine.protocols import OnEvent, SearchOptions, SearchService
 from ets_engine.tool_calls import MalformedCallError, Toolbox, ToolView, Turn
 from ets_engine.types import SearchEvent, SearchResult
+from ets_integrations.langchain.batches import SearchBatches
 from ets_integrations.langchain.messages import (
     check_result,
     figures_of,
@@ -37,18 +38,18 @@ from ets_integrations.langchain.messages import (
     tool_calls_of,
     usage_of,
 )
-from ets_integrations.langchain.settings import SearchSettings
 from ets_integrations.langchain.watch import await_result, awatch, wait, watch
 
 
-class ChatETS(SearchSettings, BaseChatModel):
+class ChatETS(SearchBatches, BaseChatModel):
     """A chat model that answers by tree search: one changed line in a chain, a graph or an agent.
 
     The search's tree, its KV cache and its verifier are the engine's; all searches of a process advance together, so
     `batch` and `abatch` are how to ask many questions. Nothing is loaded before the first call.
 
     Attributes:
-        output: "full" returns the winning solution, "answer" its answer alone, with the solution as reasoning.
+        output: "full" returns the winning solution, "answer" its answer alone, with the solution as reasoning; nothing
+            where no solution was finished. A finished one that states no answer, prose say, is returned whole.
         max_retries: Taken as from every chat model, and not used: a branch that fails leaves the others, and a search
             that fails is for `with_retry`.
 
@@ -133,11 +134,13 @@ class ChatETS(SearchSettings, BaseChatModel):
     def _prepare(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]) -> _Call:
         """One call, checked; nothing is submitted yet."""
         tools = _read_tools(kwargs.get("tools") or ())
-        toolbox = Toolbox(tuple(tools), read_tool_choice(kwargs.get("tool_choice")))
+        choice, parallel = read_tool_choice(kwargs.get("tool_choice")), kwargs.get("parallel_tool_calls")
+        toolbox = Toolbox(tuple(tools), choice, max_calls=1 if parallel is False else None)
+        _check_format(kwargs.get("response_format"))
         config = self.draw_seed(self.resolve_search(kwargs, stop=stop), kwargs)
         options = SearchOptions(verifier=self.scorer())
         if tools and toolbox.choice != "none":
-            options["tools"] = tools
+            options["tools"], options["tool_choice"] = tools, toolbox.choice
             options["view"] = ToolView(toolbox, _read_answer, same_answer)
         model = kwargs.get("model")
         return _Call(self.find_service(model), from_langchain(messages), config, options, toolbox, self.model_id(model))
@@ -178,14 +181,16 @@ class ChatETS(SearchSettings, BaseChatModel):
         yield ChatGenerationChunk(message=chunk)
 
     def _content(self, turn: Turn, result: SearchResult) -> str:
-        if self.output == "answer" and not turn.calls and result.answer is not None:
-            return result.answer
-        return turn.text
+        if not self._is_split(turn, result):
+            return turn.text
+        return result.answer or ""
 
     def _reasoning(self, turn: Turn, result: SearchResult) -> dict[str, Any]:
-        if self.output == "answer" and not turn.calls and result.answer is not None:
-            return {"reasoning_content": turn.text}
-        return {}
+        return {"reasoning_content": turn.text} if self._is_split(turn, result) else {}
+
+    def _is_split(self, turn: Turn, result: SearchResult) -> bool:
+        """Whether the text is the reasoning, and the answer, if there is one, the content; prose is its own answer."""
+        return self.output == "answer" and not turn.calls and result.finish_reason != "no_answer"
 
     # ------------------------------------------------------------------ composing
 
@@ -205,7 +210,7 @@ class ChatETS(SearchSettings, BaseChatModel):
             tools: As everywhere in LangChain.
             tool_choice: "auto", "none", "any" (or "required", True), a tool's name, or OpenAI's dict.
             strict: Whether schemas are marked as strict; every call is checked against its schema anyway.
-            kwargs: More settings of the calls.
+            kwargs: More settings of the calls; with `parallel_tool_calls=False` a turn of two calls is no answer.
 
         Raises:
             ConfigError: `tool_choice` names none of the tools, or one is no function: a provider's own, for instance.
@@ -216,24 +221,6 @@ class ChatETS(SearchSettings, BaseChatModel):
         if choice not in known:
             raise ConfigError(f"tool_choice={choice!r}: choose one of {known}")
         return super().bind(tools=formatted, tool_choice=choice, **kwargs)
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer many questions together: as many searches at a time as the engine takes, unless `config` says less."""
-        if not inputs:
-            return []
-        most = self.find_service(kwargs.get("model")).max_concurrent_searches
-        configs = config if isinstance(config, list) else [config or {}] * len(inputs)
-        eager: list[RunnableConfig] = [
-            one if one.get("max_concurrency") else {**one, "max_concurrency": most} for one in configs
-        ]
-        return super().batch(inputs, eager, return_exceptions=return_exceptions, **kwargs)
 
     # ------------------------------------------------------------------ what LangChain asks about a model
 
@@ -264,8 +251,13 @@ class ChatETS(SearchSettings, BaseChatModel):
         return self.find_service().count_tokens(text)
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Tokens of the messages' contents as the policy reads them (count); a chat template adds a few."""
-        return sum(self.get_num_tokens(message["content"] or "") for message in from_langchain(messages))
+        """Tokens of texts, tool calls and tools as the policy reads them (count); a chat template adds a few."""
+        read: list[str] = []
+        for message in from_langchain(messages, texts_only=True):
+            read.append(message["content"] or "")
+            read += [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
+        read += [json.dumps(tool) for tool in _read_tools(tools or ())]
+        return sum(map(self.get_num_tokens, read))
 
     def get_token_ids(self, text: str) -> list[int]:
         """Not offered: a search service counts tokens, it need not have a tokenizer here.
@@ -293,6 +285,20 @@ def _read_tools(tools: Sequence[Any], strict: bool | None = None) -> list[dict[s
             kind = tool.get("type")
             raise ConfigError(f"tool of type {kind!r}: only its provider runs it; give a function, a tool or a schema")
     return formatted
+
+
+def _check_format(response_format: Any) -> None:
+    """Refuse a provider's own way to structured output.
+
+    Raises:
+        ConfigError: It asks for anything but text.
+    """
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else response_format
+    if kind not in (None, "text"):
+        raise ConfigError(
+            f"response_format={response_format!r:.100}: use with_structured_output(schema), or in an agent "
+            "response_format=ToolStrategy(schema)"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,54 @@
-"""What marks a model call as a part of some turn, a draft or its mark: nobody who reads the turn is shown it."""
+"""Model calls that are a part of some turn, a draft or its mark: in traces below it, hidden from who reads the turn."""
 
 from __future__ import annotations
 
-from langchain_core.runnables import RunnableConfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import Context, copy_context
+from typing import Any
+
+from langchain_core.callbacks import BaseRunManager, CallbackManager
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableSequence, ensure_config
+from langchain_core.runnables.config import patch_config, set_config_context
 
 INNER = RunnableConfig(tags=["nostream"])
 """LangGraph's `stream_mode="messages"` leaves such calls out; traces and `astream_events` have them."""
+
+
+def inner_batch(runnable: Runnable[Any, Any], calls: int) -> RunnableConfig:
+    """How so many inner calls are made: all at once, or as many as the runnable or the surrounding run allows.
+
+    Without it LangChain makes a few more calls at a time than there are processors, however few those are.
+
+    Args:
+        runnable: Is to be called; `with_config(max_concurrency=8)` limits it, or the last step of a sequence.
+        calls: Of it (count).
+
+    Example:
+        >>> from langchain_core.runnables import RunnableLambda
+        >>> double = RunnableLambda(lambda number: 2 * number)
+        >>> [inner_batch(one, 64)["max_concurrency"] for one in (double, double.with_config(max_concurrency=8))]
+        [64, 8]
+    """
+    last = runnable.last if isinstance(runnable, RunnableSequence) else runnable
+    parts = [one for one in (runnable, last) if isinstance(one, RunnableBinding)]
+    limits = [part.config.get("max_concurrency") for part in parts] + [ensure_config().get("max_concurrency")]
+    return {**INNER, "max_concurrency": min(next(filter(None, limits), calls), calls)}
+
+
+@contextmanager
+def within(run_manager: BaseRunManager | None) -> Iterator[Context]:
+    """A context in which model calls belong to this run: they are below it in traces, and counted with it."""
+    if run_manager is None:
+        yield copy_context()
+        return
+    handlers = list(run_manager.inheritable_handlers)
+    manager = CallbackManager(
+        handlers=handlers,
+        inheritable_handlers=handlers,
+        parent_run_id=run_manager.run_id,
+        inheritable_tags=list(run_manager.inheritable_tags),
+        inheritable_metadata=dict(run_manager.inheritable_metadata),
+    )
+    with set_config_context(patch_config(ensure_config(), callbacks=manager)) as context:
+        yield context

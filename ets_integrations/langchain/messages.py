@@ -76,6 +76,9 @@ def _text(message: BaseMessage, texts_only: bool) -> str:
 def read_tool_choice(choice: str | Mapping[str, Any] | bool | None) -> str:
     """How `Toolbox` names what LangChain and OpenAI write in several ways.
 
+    Raises:
+        ConfigError: It says neither a name nor a kind.
+
     Example:
         >>> [read_tool_choice(one) for one in (None, True, "required", {"function": {"name": "add"}})]
         ['auto', 'any', 'any', 'add']
@@ -85,8 +88,14 @@ def read_tool_choice(choice: str | Mapping[str, Any] | bool | None) -> str:
     if choice is True or choice == "required":
         return "any"
     if isinstance(choice, Mapping):
-        named = choice.get("function", choice)
-        return named["name"] if "name" in named else read_tool_choice(choice.get("type"))
+        named, kind = choice.get("function", choice), choice.get("type")
+        if isinstance(named, Mapping) and isinstance(name := named.get("name"), str):
+            return name
+        if not isinstance(kind, str) or "function" in choice:
+            raise ConfigError(
+                f'tool_choice={choice!r:.100}: give a name, or {{"type": "function", "function": {{"name": ...}}}}'
+            )
+        return read_tool_choice(kind)
     return choice
 
 

@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage, convert_to_messages
 
 from ets_engine.hosted import ProposalRequest, estimate_tokens
 from ets_engine.types import Step, StopReason
-from ets_integrations.langchain.inner_calls import INNER
+from ets_integrations.langchain.inner_calls import inner_batch
 
 _FINAL = re.compile(r"answer is|\\boxed\{|####", re.IGNORECASE)
 _NEXT = (
@@ -35,7 +35,9 @@ class LangChainPolicy:
     r"""Proposes steps by a chat model: what a branch has written so far stands in the conversation as its own turn.
 
     The tree lives here, the KV cache there: prefixes are shared only as far as the model's server caches them. Give it
-    to a `HostedEngine`, and that to `ChatETS(engine=...)` or `ETSRunnable(engine=...)`.
+    to a `HostedEngine`, and that to `ChatETS(engine=...)` or `ETSRunnable(engine=...)`. Temperature, seed and limits
+    are the model's own, whatever the search's config says. All branches of a depth are asked at once, unless the model
+    has `with_config(max_concurrency=...)`.
 
     Args:
         model: Samples; its temperature decides how different branches are, so keep it above 0.6.
@@ -66,8 +68,12 @@ class LangChainPolicy:
             [*given, *([AIMessage(partial)] if partial else []), HumanMessage(self._instruction)]
             for partial in request.partials
         ]
-        model: Any = self._model.bind_tools([dict(tool) for tool in request.tools]) if request.tools else self._model
-        return [self._read(reply) for reply in model.batch(turns, INNER, return_exceptions=True)]
+        model: Any = self._model
+        if request.tools:
+            forced = {} if request.tool_choice == "auto" else {"tool_choice": request.tool_choice}
+            model = model.bind_tools([dict(tool) for tool in request.tools], **forced)
+        config = inner_batch(model, len(turns))
+        return [self._read(reply) for reply in model.batch(turns, config, return_exceptions=True)]
 
     def _read(self, reply: AIMessage | Exception) -> Step:
         if isinstance(reply, Exception):

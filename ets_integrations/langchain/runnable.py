@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, contextmanager
 from functools import partial
 from queue import SimpleQueue
 from threading import Event
@@ -14,16 +14,17 @@ from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackMa
 from langchain_core.messages import BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
-from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ets_engine.errors import ConfigError
+from ets_engine.errors import ConfigError, ContextLengthError, EngineError, PoolExhaustedError, ReferenceDomainError
 from ets_engine.messages import Prompt
 from ets_engine.protocols import SearchOptions
 from ets_engine.types import SearchEvent, SearchResult
+from ets_integrations.langchain.batches import SearchBatches
 from ets_integrations.langchain.events import Progress, emit
+from ets_integrations.langchain.inner_calls import within
 from ets_integrations.langchain.messages import check_result, from_langchain
-from ets_integrations.langchain.settings import SearchSettings
 from ets_integrations.langchain.watch import Submit, await_result, awatch, wait, watch
 
 Question = str | Mapping[str, Any] | Sequence[Any] | PromptValue
@@ -32,7 +33,7 @@ Question = str | Mapping[str, Any] | Sequence[Any] | PromptValue
 KEYS = ("problem", "question", "input", "messages")
 
 
-class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
+class ETSRunnable(SearchBatches, RunnableSerializable[Any, SearchResult]):
     """Answers a question by tree search and returns all that was found: answer, candidates, scores, KV figures.
 
     `stream` and `astream` yield the search's events, then the result; callbacks hear of its progress however it is
@@ -73,7 +74,7 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[SearchResult]:
-        """Search for all answers together: all are submitted, then waited for, or `max_concurrency` at a time.
+        """Search for all answers together: as many at a time as the engine takes, or `max_concurrency`.
 
         Progress goes to the callbacks of each one's `config`, as with `invoke`.
 
@@ -86,7 +87,7 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         first = next(iter(config), None) if isinstance(config, list) else config
         most = ensure_config(first).get("max_concurrency")  # LangChain reads the first one's too
         return self._batch_with_config(
-            partial(self._search_all, most=most or len(inputs), settings=kwargs),
+            partial(self._search_all, most=most, settings=kwargs),
             inputs,
             config,
             return_exceptions=return_exceptions,
@@ -141,18 +142,20 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
         self,
         questions: list[Question],
         run_manager: list[CallbackManagerForChainRun],
-        most: int,
+        most: int | None,
         settings: Mapping[str, Any],
     ) -> list[SearchResult | Exception]:
         """All answers; what a search tells comes to its own callbacks, in this thread."""
+        most = max(1, most or self.find_service(settings.get("model")).max_concurrent_searches)
         told: SimpleQueue[tuple[int, SearchEvent | None]] = SimpleQueue()  # by question; None = that search has ended
         progress = [Progress() for _ in questions]
         begun: list[Future[SearchResult] | Exception] = []
         running, cancels = 0, [Event() for _ in questions]
         try:
             while running or len(begun) < len(questions):
-                if running < max(1, most) and (place := len(begun)) < len(questions):
-                    begun.append(self._begin(questions[place], settings, partial(_tell, told, place), cancels[place]))
+                if running < most and (place := len(begun)) < len(questions):
+                    tell = partial(_tell, told, place)
+                    begun.append(self._begin(questions[place], run_manager[place], settings, tell, cancels[place]))
                     running += isinstance(begun[-1], Future)
                     continue
                 place, event = told.get()
@@ -171,11 +174,17 @@ class ETSRunnable(SearchSettings, RunnableSerializable[Any, SearchResult]):
                 cancel.set()
 
     def _begin(
-        self, question: Question, settings: Mapping[str, Any], tell: Callable[[SearchEvent | None], None], cancel: Event
+        self,
+        question: Question,
+        run_manager: CallbackManagerForChainRun,
+        settings: Mapping[str, Any],
+        tell: Callable[[SearchEvent | None], None],
+        cancel: Event,
     ) -> Future[SearchResult] | Exception:
         """A search that tells its events, and None at its end; or why there is none."""
         try:
-            future = self._submit(question, settings)(tell, cancel)
+            with within(run_manager) as context:
+                future = context.run(self._submit(question, settings), tell, cancel)
         except Exception as error:
             return error
         future.add_done_callback(lambda _: tell(None))
@@ -220,6 +229,9 @@ def ets_tool(
 ) -> BaseTool:
     """A tool for agents: it takes a question and returns the answer with its reasoning.
 
+    A question that is refused, and a search that fails, is an error message to the agent, which may try another way;
+    settings and models that cannot work are raised.
+
     Args:
         solver: Searches.
         name: How the agent calls it.
@@ -232,14 +244,25 @@ def ets_tool(
     """
 
     def solve(question: str) -> str:
-        return _report(solver.invoke(question))
+        with _told():
+            return _report(solver.invoke(question))
 
     async def asolve(question: str) -> str:
-        return _report(await solver.ainvoke(question))
+        with _told():
+            return _report(await solver.ainvoke(question))
 
     return StructuredTool.from_function(
-        solve, coroutine=asolve, name=name, description=description, args_schema=_Problem
+        solve, coroutine=asolve, name=name, description=description, args_schema=_Problem, handle_tool_error=True
     )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What an agent can do something about becomes its tool's error message."""
+    try:
+        yield
+    except (ReferenceDomainError, ContextLengthError, EngineError, PoolExhaustedError) as error:
+        raise ToolException(f"The search failed: {error}") from error
 
 
 def read_question(question: Question) -> Prompt:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from langchain_core.runnables import Runnable
 from pydantic import AliasChoices, BaseModel, Field, PrivateAttr, model_validator
@@ -37,8 +37,7 @@ _UNUSED = ("api_key",)
 """What LangChain gives to every chat model, and nothing here needs."""
 
 _found: dict[tuple[str, str | None], SearchService] = {}
-"""By model and PRM: it stays loaded when whoever asked for it is thrown away; a closed one goes when it is found anew.
-"""
+"""By model and PRM: it stays loaded when whoever asked for it is thrown away; a closed one is replaced."""
 
 
 class SearchSettings(BaseModel):
@@ -80,7 +79,7 @@ class SearchSettings(BaseModel):
     timeout: float | None = None
     search: dict[str, Any] = Field(default_factory=dict)
 
-    _nonce: str = PrivateAttr(default_factory=lambda: secrets.token_hex(8))
+    _judge: tuple[Any, str] | None = PrivateAttr(default=None)  # the verifier told apart last, and as what
 
     @model_validator(mode="before")
     @classmethod
@@ -128,9 +127,31 @@ class SearchSettings(BaseModel):
         given["stop"] = (texts,) if isinstance(texts, str) else tuple(texts or ())
         return resolve_config(given, effort=effort, deadline_s=deadline_s)
 
+    def with_search(self, settings: Mapping[str, Any]) -> Self:
+        """A copy whose calls are all as if they were given these settings.
+
+        Args:
+            settings: By name; `CALL_SETTINGS` and "model".
+
+        Raises:
+            ConfigError: As `resolve_search`.
+        """
+        self.resolve_search(settings)
+        given = {name: value for name, value in settings.items() if value is not None}
+        if "deadline_s" in given:
+            given.setdefault("timeout", given.pop("deadline_s"))
+        search = {name: value for name, value in self.search.items() if name not in given}
+        update: dict[str, Any] = {name: given.pop(name) for name in type(self).model_fields if name in given}
+        if "effort" in update and "width" not in update:
+            update["width"] = None
+            search.pop("width", None)
+        if "model" in update:
+            update["engine"] = None
+        return self.model_copy(update={**update, "search": {**search, **given}})
+
     def draw_seed(self, config: SearchConfig, changes: Mapping[str, Any] | None = None) -> SearchConfig:
         """The config with a new seed, unless one was asked for."""
-        if self.seed is not None or "seed" in self.search or (changes or {}).get("seed") is not None:
+        if self._is_seeded() or (changes or {}).get("seed") is not None:
             return config
         return config.model_copy(update={"seed": fresh_seed()})
 
@@ -144,26 +165,32 @@ class SearchSettings(BaseModel):
             ConfigError: `engine` is no service.
             ModelLoadError: The model cannot be loaded.
         """
+        service = self._at_hand(model)
+        if service is None:
+            name = self._names(model)
+            service = _found[name] = find_service(*name)
+        return service
+
+    def _at_hand(self, model: str | None) -> SearchService | None:
+        """The service, None = it has to be loaded, or waited for while another is."""
         if model is None and self.engine is not None and not isinstance(self.engine, str):
             if not isinstance(self.engine, SearchService):
                 raise ConfigError(f"engine={self.engine!r:.100}: give an ETSEngine, a HostedEngine or its name")
             return self.engine
-        name = model or self.engine or self.model
-        service = look_up(name)
-        if service is None:
-            prm = self.verifier if isinstance(self.verifier, str) else None
-            service = _found[name, prm] = find_service(name, prm)  # a closed engine is replaced there
-        return service
+        name = self._names(model)
+        known = look_up(name[0]) or _found.get(name)
+        return None if getattr(known, "is_closed", False) else known
+
+    def _names(self, model: str | None) -> tuple[str, str | None]:
+        """Of a model that is no object, and of its PRM, None = the model's own."""
+        return model or self.engine or self.model, self.verifier if isinstance(self.verifier, str) else None
 
     async def make_off_loop(self, make: Callable[[], T], model: str | None = None) -> T:
         """What `make` makes with the service of this model, in a thread unless the service is at hand.
 
         Loading weights takes seconds, and so does waiting while others are loaded.
         """
-        is_given = model is None and self.engine is not None and not isinstance(self.engine, str)
-        if is_given or look_up(model or self.engine or self.model) is not None:
-            return make()
-        return await asyncio.to_thread(make)
+        return make() if self._at_hand(model) is not None else await asyncio.to_thread(make)
 
     def model_id(self, model: str | None = None) -> str:
         """Name of the models that `find_service` gives; nothing is loaded."""
@@ -185,14 +212,22 @@ class SearchSettings(BaseModel):
         return self.verifier
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides an answer, as plain JSON: a cache key.
+        """Everything that decides an answer, as plain JSON: a cache key; no seed is None.
 
-        What has no reliable name is told apart by this very object.
+        A verifier that has no reliable name is told apart as the object that it is.
         """
-        named = verifier_name(self.verifier)
-        judged_by = f"object:{self._nonce}" if named is None and self.verifier is not None else named
-        config = self.resolve_search()
-        return {"model": self.model_id(), "verifier": judged_by, "search": config.model_dump(mode="json")}
+        judged_by = verifier_name(self.verifier)
+        if judged_by is None and self.verifier is not None:
+            if self._judge is None or self._judge[0] is not self.verifier:
+                self._judge = self.verifier, f"object:{secrets.token_hex(8)}"
+            judged_by = self._judge[1]
+        search = self.resolve_search().model_dump(mode="json")
+        if not self._is_seeded():
+            search["seed"] = None
+        return {"model": self.model_id(), "verifier": judged_by, "search": search}
+
+    def _is_seeded(self) -> bool:
+        return self.seed is not None or self.search.get("seed") is not None
 
 
 def _check_changes(names: Iterable[str]) -> None:

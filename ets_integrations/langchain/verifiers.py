@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,9 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable
 
 from ets_engine.marks import read_mark
-from ets_integrations.langchain.inner_calls import INNER
+from ets_integrations.langchain.inner_calls import inner_batch
+
+_LOGGER = logging.getLogger(__name__)
 
 _JUDGE = ChatPromptTemplate.from_messages(
     [
@@ -29,7 +32,8 @@ _JUDGE = ChatPromptTemplate.from_messages(
 class RunnableVerifier:
     """A Runnable as the verifier: it is given `{"problem", "steps", "text"}` and returns a score in [0, 1].
 
-    All new steps of a depth are scored in one `batch`. One that raises, or scores outside [0, 1], fails its branch.
+    All new steps of a depth are scored in one `batch`, all at once unless it has `with_config(max_concurrency=...)`.
+    One that raises, or gives no number in [0, 1], fails its branch, and a warning says why.
 
     Args:
         runnable: Returns a number, or a message or text that holds one.
@@ -52,8 +56,16 @@ class RunnableVerifier:
     def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> list[float]:
         """Scores of the paths' last steps, NaN for one that cannot be judged."""
         given = [{"problem": problem, "steps": list(path), "text": "".join(path)} for path in paths]
-        found = self._runnable.batch(given, INNER, return_exceptions=True)
-        return [self._read(one) for one in found]
+        found = self._runnable.batch(given, inner_batch(self._runnable, len(given)), return_exceptions=True)
+        scores = [self._read(one) for one in found]
+        unread = [one for one, score in zip(found, scores, strict=True) if math.isnan(score)]
+        if unread:
+            first = unread[0].text if isinstance(unread[0], BaseMessage) else unread[0]
+            _LOGGER.warning(
+                "the verifier gave %d of %d steps no score from 0 to %g, first: %.300r",
+                *(len(unread), len(found), self._scale, first),
+            )
+        return scores
 
     def _read(self, found: Any) -> float:
         if isinstance(found, BaseMessage):

@@ -16,6 +16,7 @@ from langchain_core.callbacks import BaseRunManager
 
 from ets_engine.types import SearchEvent, SearchResult
 from ets_integrations.langchain.events import Progress, aemit, emit
+from ets_integrations.langchain.inner_calls import within
 
 Submit = Callable[[Callable[[SearchEvent], None], threading.Event], "Future[SearchResult]"]
 """`submit(on_event, cancel)`: starts a search that tells its events and can be stopped."""
@@ -30,7 +31,8 @@ def watch(submit: Submit, run_manager: BaseRunManager | None) -> Generator[Searc
     events: queue.SimpleQueue[SearchEvent | None] = queue.SimpleQueue()
     progress = Progress()
     cancel = threading.Event()
-    future = submit(events.put, cancel)
+    with within(run_manager) as context:
+        future = context.run(submit, events.put, cancel)
     future.add_done_callback(lambda _: events.put(None))
     try:
         while (event := events.get()) is not None:
@@ -59,7 +61,8 @@ async def awatch(
         with suppress(RuntimeError):  # the loop was closed: nobody waits any more
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    future = submit(put, cancel)
+    with within(run_manager) as context:
+        future = context.run(submit, put, cancel)
     future.add_done_callback(lambda _: put(None))
     try:
         while (event := await events.get()) is not None:

@@ -1,23 +1,19 @@
-"""`ChatETS` on a scripted engine: what goes in, what comes out, caches, concurrency, cancellation."""
+"""`ChatETS` on a scripted engine: what goes in, what comes out, caches."""
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 import subprocess
 import sys
-import threading
-import time
 from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, ValidationError
 
 from ets_engine import ConfigError, EngineError, HostedEngine, NoUsableAnswerError, SearchConfig, register_service
@@ -25,7 +21,7 @@ from ets_engine.hosted import ProposalRequest
 from ets_engine.types import Step, StopReason
 from ets_integrations.langchain import ChatETS, LangChainPolicy, RunnableVerifier, judge
 
-from .scripted import Script, scripted, spied
+from .scripted import scripted, spied
 
 HEAVY = ("torch", "transformers", "triton", "langgraph", "litellm", "fastapi", "dspy")
 
@@ -159,6 +155,29 @@ def test_the_answer_alone_carries_its_solution_as_reasoning() -> None:
     assert message.additional_kwargs["reasoning_content"].endswith("The answer is 42.")
 
 
+def test_an_answer_alone_is_nothing_where_no_solution_was_finished() -> None:
+    thinks = HostedEngine(
+        lambda request: [Step("I think.\n\n", 3) for _ in request.partials], lambda p, s: 0.5, name="thinks"
+    )
+    message = ChatETS(engine=thinks, width=2, max_steps=2, output="answer").invoke("Hi")
+    assert (message.content, message.response_metadata["finish_reason"]) == ("", "length")
+    assert message.additional_kwargs["reasoning_content"] == "I think.\n\nI think.\n\n"
+    prose = ChatETS(engine=spied(lambda request: "Hello there.")[0], width=2, output="answer").invoke("Hi")
+    assert (prose.content, prose.additional_kwargs) == ("Hello there.", {})
+
+
+def test_tokens_of_messages_are_those_of_calls_and_tools_too() -> None:
+    counted = [
+        HumanMessage([{"type": "text", "text": "one two"}, {"type": "image_url", "image_url": {"url": "data:,"}}]),
+        AIMessage("", tool_calls=[{"name": "add", "args": {"a": 1}, "id": "1"}]),
+        ToolMessage("three", tool_call_id="1"),
+    ]
+    chat = ChatETS(engine=spied()[0])  # it counts words
+    assert chat.get_num_tokens_from_messages(counted) == 2 + len('{"name": "add", "arguments": {"a": 1}}'.split()) + 1
+    more = chat.get_num_tokens_from_messages(counted, tools=[add])
+    assert more == chat.get_num_tokens_from_messages(counted) + len(json.dumps(convert_to_openai_tool(add)).split())
+
+
 def test_a_stop_text_ends_the_answer() -> None:
     assert model().invoke("Hi", stop=["is 42"]).text.endswith("The answer ")
 
@@ -267,6 +286,19 @@ def test_a_demanded_call_that_nobody_made_is_an_error() -> None:
         chat.bind_tools([add], tool_choice="subtract")
 
 
+def test_a_turn_of_two_calls_is_none_where_one_is_asked_for() -> None:
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+
+    def one_or_two(request: ProposalRequest) -> list[Step]:
+        return [Step(call * (1 + (place < 3)), 9, StopReason.FINISHED) for place, _ in enumerate(request.partials)]
+
+    chat = ChatETS(engine=HostedEngine(one_or_two, lambda problem, steps: 0.5, name="calls"), width=4)
+    assert len(chat.bind_tools([add]).invoke("?").tool_calls) == 2
+    assert len(chat.bind_tools([add], parallel_tool_calls=False).invoke("?").tool_calls) == 1
+    with pytest.raises(NoUsableAnswerError, match="2 calls, of at most 1"):
+        model(lambda request: call * 2).bind_tools([add], parallel_tool_calls=False).invoke("?")
+
+
 def test_structured_output_comes_from_a_leaf() -> None:
     structured = model().with_structured_output(Joke)
     joke = structured.invoke("Tell me 'one'.")
@@ -310,115 +342,6 @@ def test_caches_never_mix_two_searches() -> None:
     for chat in chats:
         chat.invoke("Hi")
     assert len(spy.submitted) + len(other.submitted) == len(chats), "each finds its own"
-
-
-# ---------------------------------------------------------------------- many at once
-
-
-def most_in_flight(script: Script) -> int:
-    """Opens the gate once nobody comes any more, and tells how many came."""
-    until_s = time.monotonic() + 20
-    while script.most_at_once < 32 and time.monotonic() < until_s:
-        time.sleep(0.005)
-    script.gate.set()
-    return script.most_at_once
-
-
-@pytest.mark.parametrize("in_chain", [False, True])
-def test_a_batch_of_32_is_32_searches_in_flight(in_chain: bool) -> None:
-    spy, script = spied()
-    script.gate.clear()
-    chat = ChatETS(engine=spy, width=1)
-    chain = ChatPromptTemplate.from_template("{x}") | chat | StrOutputParser() if in_chain else chat
-    found: list[int] = []
-    opener = threading.Thread(target=lambda: found.append(most_in_flight(script)))
-    opener.start()
-    answers = chain.batch([{"x": str(i)} if in_chain else str(i) for i in range(32)])
-    opener.join()
-    assert found == [32]
-    texts = [one if isinstance(one, str) else one.text for one in answers]
-    assert [text.split("\n")[0] for text in texts] == [f"Hello, you said: {i}" for i in range(32)]
-
-
-def test_a_batch_keeps_the_concurrency_that_was_asked_for() -> None:
-    service, script = scripted(delay_s=0.01)
-    ChatETS(engine=service, width=1).batch([str(i) for i in range(8)], config={"max_concurrency": 2})
-    assert script.most_at_once <= 2
-
-
-async def test_an_abatch_of_32_is_32_searches_in_flight() -> None:
-    spy, script = spied()
-    script.gate.clear()
-    waiting = asyncio.create_task(ChatETS(engine=spy, width=1).abatch([str(i) for i in range(32)]))
-    assert await asyncio.to_thread(most_in_flight, script) == 32
-    assert len(await waiting) == 32
-
-
-def test_one_question_that_fails_fails_alone() -> None:
-    def fail_for_2(request: ProposalRequest) -> str:
-        if request.messages[-1]["content"] == "2":
-            raise ValueError("not this one")
-        return "The answer is 1."
-
-    found = model(fail_for_2).batch(["1", "2", "3"], return_exceptions=True)
-    assert [type(one).__name__ for one in found] == ["AIMessage", "EngineError", "AIMessage"]
-
-
-# ---------------------------------------------------------------------- cancellation
-
-
-def endless(request: ProposalRequest) -> list[Step]:
-    time.sleep(0.01)
-    return [Step("on and on\n\n", 3) for _ in request.partials]
-
-
-def endless_chat() -> tuple[ChatETS, Any]:
-    from .scripted import Spy
-
-    spy = Spy(HostedEngine(endless, lambda problem, steps: 0.5, name="endless"))
-    return ChatETS(engine=spy, width=2, search={"max_steps": 1000, "max_tokens": 100_000}), spy
-
-
-async def test_a_timeout_stops_the_search() -> None:
-    chat, spy = endless_chat()
-    with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(chat.ainvoke("Hi"), timeout=0.1)
-    assert await asyncio.to_thread(spy.reasons) == ["cancelled"]
-
-
-def test_leaving_a_stream_stops_the_search() -> None:
-    chat, spy = endless_chat()
-    for _ in chat.stream("Hi"):
-        break
-    assert spy.reasons() == ["cancelled"]
-
-
-async def test_leaving_an_async_stream_stops_the_search() -> None:
-    chat, spy = endless_chat()
-    stream = chat.astream("Hi")
-    async for _ in stream:
-        break
-    await stream.aclose()
-    assert await asyncio.to_thread(spy.reasons) == ["cancelled"]
-
-
-def test_a_deadline_is_no_error() -> None:
-    chat, _ = endless_chat()
-    message = chat.bind(timeout=1.0).invoke("Hi")
-    assert message.response_metadata["finish_reason"] == "deadline" and message.text.startswith("on and on")
-
-
-def test_a_closed_loop_harms_nobody() -> None:
-    chat, spy = endless_chat()
-
-    async def leave() -> None:
-        task = asyncio.create_task(chat.ainvoke("Hi"))
-        await asyncio.sleep(0.05)
-        task.cancel()
-
-    asyncio.run(leave())
-    assert spy.reasons() == ["cancelled"]
-    assert model().invoke("Hi").text
 
 
 # ---------------------------------------------------------------------- verifiers and policies

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain_core.language_models import FakeListChatModel, FakeMessagesListChatModel
+from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.language_models import FakeListChatModel, FakeMessagesListChatModel, SimpleChatModel
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import RunnableLambda
+from langchain_core.tracers import BaseTracer
 
-from ets_engine import HostedEngine
+from ets_engine import EngineError, HostedEngine
 from ets_integrations.agents import ETSMiddleware, VerifierMiddleware, always, first_turn
-from ets_integrations.langchain import ChatETS, LangChainPolicy, judge
+from ets_integrations.langchain import ChatETS, ETSRunnable, LangChainPolicy, RunnableVerifier, judge
 
 from .graphs import graph
 from .scripted import scripted
@@ -102,3 +106,156 @@ def test_two_searching_middleware_live_in_one_agent_under_names() -> None:
     assert [ETSMiddleware(solver("any"), always).name, plan.name, wide.name] == ["ETSMiddleware"] * 2 + ["wide search"]
     agent = create_agent(FakeListChatModel(responses=["plain"]), middleware=[plan, wide])
     assert agent.invoke(QUESTION)["messages"][-1].text == "The answer is plan."
+
+
+# ---------------------------------------------------------------------- where the calls are seen, and how many at once
+
+
+class Recorder(BaseTracer):
+    """Keeps the whole runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[Any] = []
+
+    def _persist_run(self, run: Any) -> None:
+        self.runs.append(run)
+
+
+def hosted_chat() -> ChatETS:
+    usage: Any = {"input_tokens": 5, "output_tokens": 6, "total_tokens": 11}
+    said = AIMessage("The answer is 4.", usage_metadata=usage, response_metadata={"model_name": "paid"})
+    policy = LangChainPolicy(FakeMessagesListChatModel(responses=[said]))
+    return ChatETS(engine=HostedEngine(policy, marker(), name="hosted"), width=2)
+
+
+def kinds_below(run: Any) -> set[str]:
+    return {child.name for child in run.child_runs}
+
+
+async def ask(chain: Any, way: str, config: Any) -> None:
+    if way == "invoke":
+        chain.invoke("2+2?", config=config)
+    elif way == "batch":
+        chain.batch(["2+2?", "3+3?"], config=config)
+    elif way == "stream":
+        assert list(chain.stream("2+2?", config=config))
+    else:
+        await chain.ainvoke("2+2?", config=config)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch"])  # to a model's stream LangChain hands no run on
+@pytest.mark.parametrize("bare", [True, False])
+async def test_the_calls_of_a_search_are_below_it_in_traces_and_counted(way: str, bare: bool) -> None:
+    recorder, usage = Recorder(), UsageMetadataCallbackHandler()
+    chat = hosted_chat()
+    await ask(chat if bare else RunnableLambda(lambda x: x) | chat, way, {"callbacks": [recorder, usage]})
+    tops = [run if bare else run.child_runs[-1] for run in recorder.runs]
+    assert len(tops) == (2 if way == "batch" else 1)
+    for top in tops:
+        assert top.name == "ChatETS"
+        assert kinds_below(top) == {"FakeMessagesListChatModel", "RunnableSequence"}
+    assert usage.usage_metadata["paid"]["output_tokens"] == 12 * len(tops)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "batch", "stream"])
+async def test_so_are_those_of_a_runnable(way: str) -> None:
+    recorder = Recorder()
+    await ask(ETSRunnable(engine=hosted_chat().engine, width=2), way, {"callbacks": [recorder]})
+    assert [kinds_below(run) for run in recorder.runs] == [{"FakeMessagesListChatModel", "RunnableSequence"}] * len(
+        recorder.runs
+    )
+
+
+class Slow(SimpleChatModel):
+    """Says one thing, and counts how many of its calls run at a time; waits for `want` of them."""
+
+    says: str
+    want: int
+    running: int = 0
+    most: int = 0
+
+    @property
+    def _llm_type(self) -> str:
+        return "slow"
+
+    def _call(self, *args: Any, **kwargs: Any) -> str:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        until_s = time.monotonic() + 2.0
+        while self.most < self.want and time.monotonic() < until_s:
+            time.sleep(0.005)
+        time.sleep(0.02)
+        self.running -= 1
+        return self.says
+
+
+def test_all_branches_and_all_marks_of_a_depth_are_asked_for_at_once() -> None:
+    policy, marks = Slow(says="The answer is 4.", want=40), Slow(says="7", want=40)
+    engine = HostedEngine(LangChainPolicy(policy), judge(marks), name="slow")
+    ChatETS(engine=engine, width=40).invoke("2+2?")
+    assert (policy.most, marks.most) == (40, 40)
+
+
+@pytest.mark.parametrize("limited", ["model", "run"])
+def test_fewer_are_where_the_model_or_the_run_is_limited(limited: str) -> None:
+    policy, marks = Slow(says="The answer is 4.", want=2), Slow(says="7", want=2)
+    pair: list[Any] = [policy, marks]
+    if limited == "model":
+        pair = [one.with_config(max_concurrency=2) for one in pair]
+    chat = ChatETS(engine=HostedEngine(LangChainPolicy(pair[0]), judge(pair[1]), name="slow"), width=8)
+    chain = RunnableLambda(lambda x: x) | chat
+    chain.invoke("2+2?", config={"max_concurrency": 2} if limited == "run" else {})
+    assert (policy.most, marks.most) == (2, 2)
+
+
+class Forced(FakeMessagesListChatModel):
+    """Remembers how its tools were bound."""
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        bound.append(([tool["function"]["name"] for tool in tools], kwargs))
+        return self
+
+
+bound: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"), [(None, {}), ("any", {"tool_choice": "any"}), ("add", {"tool_choice": "add"})]
+)
+def test_a_hosted_model_is_told_that_it_must_call(choice: Any, told: Any) -> None:
+    def add(a: int) -> int:
+        """Add."""
+        return a
+
+    bound.clear()
+    call: Any = {"name": "add", "args": {"a": 1}, "id": "1"}
+    policy = LangChainPolicy(Forced(responses=[AIMessage("", tool_calls=[call])]))
+    chat = ChatETS(engine=HostedEngine(policy, marker(), name="forced"), width=2).bind_tools([add], tool_choice=choice)
+    assert chat.invoke("1?").tool_calls[0]["args"] == {"a": 1}
+    assert bound == [(["add"], told)]
+
+
+# ---------------------------------------------------------------------- a judge that fails
+
+
+class Broken(FakeListChatModel):
+    """A judge whose key has expired."""
+
+    def _call(self, *args: Any, **kwargs: Any) -> str:
+        raise RuntimeError("401: no such key")
+
+
+@pytest.mark.parametrize(
+    ("verifier", "said"),
+    [
+        (judge(Broken(responses=["7"])), "2 of 2 steps no score from 0 to 10, first: RuntimeError('401: no such key')"),
+        (judge(FakeListChatModel(responses=["I cannot say."])), "first: 'I cannot say.'"),
+        (RunnableVerifier(RunnableLambda(lambda given: 7)), "no score from 0 to 1, first: 7"),
+    ],
+)
+def test_the_log_says_why_a_judge_gives_no_score(verifier: Any, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    chat = ChatETS(engine=scripted(lambda request: "The answer is 4.")[0], verifier=verifier, width=2)
+    with pytest.raises(EngineError, match="the log says why"):
+        chat.invoke("2+2?")
+    assert said in caplog.text

@@ -19,7 +19,7 @@ from ets_integrations.langchain import ChatETS, ETSRunnable, ets_tool
 from ets_integrations.langchain.events import Progress
 
 from .scripted import Spy, scripted, spied
-from .test_chat import endless, most_in_flight
+from .test_batches import endless, most_in_flight
 
 QUESTION = "What is it?"
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.runnables import ConfigurableField
 
-from ets_engine import ConfigError, register_service
+from ets_engine import ConfigError, HostedEngine, register_service
 from ets_integrations.langchain import ChatETS, ETSRunnable, settings
 
 from .scripted import Spy, scripted, spied
@@ -181,3 +182,86 @@ def test_a_service_that_is_registered_anew_is_the_one_that_answers() -> None:
         register_service("fake/anew", spy)
         chat.invoke("?")
     assert (len(old.submitted), len(new.submitted)) == (1, 1)
+
+
+# ---------------------------------------------------------------------- who is who
+
+
+def test_no_seed_is_another_search_than_seed_0() -> None:
+    spy, _ = spied()
+    cache = InMemoryCache()
+    for seed in (None, 0, None, 0):
+        ChatETS(engine=spy, width=2, seed=seed, cache=cache).invoke("?")
+    assert len(spy.submitted) == 2 and spy.submitted[1][1].seed == 0
+
+
+def test_another_verifier_is_another_search_in_a_copy_too() -> None:
+    spy, _ = spied()
+    first = ChatETS(engine=spy, width=2, verifier=lambda problem, steps: 0.1, cache=InMemoryCache())
+    copied = first.model_copy(update={"verifier": lambda problem, steps: 0.9})
+    changed = first.model_copy()
+    changed.verifier = lambda problem, steps: 0.5
+    scores = [chat.invoke("?").response_metadata["ets"]["score"] for chat in (first, copied, changed)]
+    assert scores == [0.1, 0.9, 0.5]
+    first.model_copy().invoke("?")
+    assert len(spy.submitted) == 3, "a copy with the same verifier is the same"
+
+
+@BOTH
+def test_a_copy_with_settings_searches_as_if_each_call_had_them(kind: Kind) -> None:
+    found = kind(model="m", width=4, search={"top_k": 9, "width": 5}, timeout=9.0)
+    for changes in (
+        {"width": 8},
+        {"effort": "high"},
+        {"effort": "low", "width": 7},
+        {"top_k": 3, "deadline_s": 2.0},
+        {"deadline_s": 2.0, "timeout": 1.0},
+        {"stop": "END", "temperature": None},
+    ):
+        assert found.with_search(changes).resolve_search() == found.resolve_search(changes)
+    assert found.with_search({"model": "other"}).model_id() == "other"
+    with pytest.raises(ConfigError, match="width"):
+        found.with_search({"widht": 3})
+
+
+@BOTH
+def test_a_loaded_model_needs_no_thread(kind: Kind, loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind(model="m", width=1).invoke("?")
+    monkeypatch.setattr(asyncio, "to_thread", None)
+    asyncio.run(kind(model="m", width=1).ainvoke("?"))
+    assert len(loader.threads) == 1
+
+
+def test_a_model_that_was_closed_is_found_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[HostedEngine] = []
+
+    def find(model: str, verifier: str | None = None) -> HostedEngine:
+        made.append(scripted()[0])
+        return made[-1]
+
+    monkeypatch.setattr(settings, "find_service", find)
+    monkeypatch.setattr(settings, "_found", {})
+    for _ in range(2):
+        ChatETS(model="m", width=1).invoke("?")
+        asyncio.run(ChatETS(model="m", width=1).ainvoke("?"))
+        made[-1].close()
+    assert len(made) == 2
+
+
+# ---------------------------------------------------------------------- what a provider alone could do
+
+
+@pytest.mark.parametrize("bad", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "json"])
+def test_a_format_of_a_provider_is_refused(bad: Any) -> None:
+    spy, _ = spied()
+    with pytest.raises(ConfigError, match="with_structured_output"):
+        ChatETS(engine=spy).bind(response_format=bad).invoke("?")
+    assert not spy.submitted
+    assert ChatETS(engine=spy, width=2).bind(response_format={"type": "text"}).invoke("?").text
+
+
+@pytest.mark.parametrize("bad", [{"foo": 1}, {"function": "add"}, {"type": "function", "function": {}}])
+def test_a_tool_choice_that_names_nothing_is_refused(bad: Any) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    with pytest.raises(ConfigError, match="tool_choice"):
+        ChatETS(engine=spied()[0]).bind_tools([tool], tool_choice=bad)

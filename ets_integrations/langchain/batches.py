@@ -1,0 +1,78 @@
+"""Batches of searches: as many at a time as the service takes, however few processors there are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from langchain_core.runnables import Runnable, RunnableConfig
+
+from ets_engine.errors import ETSError
+from ets_integrations.langchain.settings import SearchSettings
+
+Configs = RunnableConfig | Sequence[RunnableConfig] | None
+
+
+class SearchBatches(SearchSettings, Runnable[Any, Any]):
+    """Sets `max_concurrency` where nobody has: left alone, LangChain asks too few questions at a time, or all."""
+
+    name: str | None = None  # as in `RunnableSerializable`
+
+    def batch(
+        self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """Answer many questions together: as many searches at a time as the engine takes, unless `config` says less."""
+        config = limit_batch(config, self._most(kwargs.get("model"))) if inputs else config
+        return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """`batch` for an event loop."""
+        if inputs:
+            model = kwargs.get("model")
+            config = limit_batch(config, await self.make_off_loop(partial(self._most, model), model))
+        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    def batch_as_completed(
+        self, inputs: Sequence[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> Iterator[Any]:
+        """`batch`, each answer with the place of its question, as they come."""
+        config = limit_batch(config, self._most(kwargs.get("model"))) if inputs else config
+        yield from super().batch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch_as_completed(
+        self, inputs: Sequence[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """`batch_as_completed` for an event loop."""
+        if inputs:
+            model = kwargs.get("model")
+            config = limit_batch(config, await self.make_off_loop(partial(self._most, model), model))
+        async for one in super().abatch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs):
+            yield one
+
+    def _most(self, model: str | None) -> int | None:
+        """Searches that the service takes at a time, None = there is none, as every question of its own will say."""
+        try:
+            return self.find_service(model).max_concurrent_searches
+        except ETSError:
+            return None
+
+
+def limit_batch(config: Configs, most: int | None) -> Configs:
+    """The config or configs of a batch, at most so many questions at a time where they say nothing of it.
+
+    Example:
+        >>> limit_batch([{"max_concurrency": 2}, {}], 64)
+        [{'max_concurrency': 2}, {'max_concurrency': 64}]
+    """
+    if most is None:
+        return config
+    if isinstance(config, Sequence):
+        return [_limit(one, most) for one in config]
+    return _limit(config or {}, most)
+
+
+def _limit(config: RunnableConfig, most: int) -> RunnableConfig:
+    return config if config.get("max_concurrency") else {**config, "max_concurrency": most}
