@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import pytest
 from langchain.agents import create_agent
+from langchain.agents.middleware import ModelFallbackMiddleware, wrap_model_call
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel
 
-from ets_engine import ConfigError, HostedEngine
+from ets_engine import ConfigError, HostedEngine, SearchConfig
 from ets_engine.hosted import ProposalRequest
 from ets_engine.types import Step, StopReason
 from ets_integrations.agents import (
@@ -248,3 +249,42 @@ def test_scripts_are_what_they_say() -> None:
         Step("a\n\n", 1),
         Step("b", 1, StopReason.FINISHED),
     ]
+
+
+class Strict(FakeMessagesListChatModel):
+    """A model that refuses settings that it does not know, as providers do."""
+
+    def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> Any:
+        if unknown := kwargs.keys() - {"temperature"}:
+            raise TypeError(f"unexpected keyword arguments {sorted(unknown)}")
+        return super()._generate(messages, stop, run_manager)
+
+
+def test_a_fallback_is_not_given_the_settings_of_a_search_that_failed() -> None:
+    def fail(request: ProposalRequest) -> str:
+        raise ConnectionError("the server is gone")
+
+    middleware = [ETSMiddleware(chat(fail), width=4), ModelFallbackMiddleware(Strict(responses=[AIMessage("spare")]))]
+    agent = create_agent(Plain(responses=[AIMessage("own")]), middleware=middleware)
+    assert agent.invoke({"messages": [HumanMessage("?")]})["messages"][-1].text == "spare"
+
+
+def test_settings_of_the_agent_s_own_model_are_none_of_the_search_s() -> None:
+    @wrap_model_call
+    def careful(request: Any, handler: Any) -> Any:
+        return handler(request.override(model_settings={"temperature": 0.0, "max_tokens": 5, "lambda_b": 3.0}))
+
+    spy, _ = spied(lambda request: "The answer is 3.")
+    searched = ETSMiddleware(ChatETS(engine=spy), width=2, temperature=0.9)
+    agent = create_agent(Plain(responses=[AIMessage("own")]), middleware=[careful, searched])
+    assert agent.invoke({"messages": [HumanMessage("?")]})["messages"][-1].text == "The answer is 3."
+    ((_, config, _),) = spy.submitted
+    assert (config.width, config.temperature, config.lambda_b) == (2, 0.9, 3.0)
+    assert config.max_tokens == SearchConfig().max_tokens
+
+
+def test_two_verifying_middleware_live_in_one_agent_under_names() -> None:
+    verify = [VerifierMiddleware(lambda problem, steps: 0.5, samples=1, name=name) for name in (None, "strict")]
+    assert [one.name for one in verify] == ["VerifierMiddleware", "strict"]
+    agent = create_agent(Plain(responses=[AIMessage("own")]), middleware=verify)
+    assert agent.invoke({"messages": [HumanMessage("?")]})["messages"][-1].text == "own"

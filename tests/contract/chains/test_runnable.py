@@ -13,6 +13,7 @@ from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda
 
 from ets_engine import ConfigError, EngineError, HostedEngine, QueueFullError
+from ets_engine.errors import ModelLoadError
 from ets_engine.hosted import ProposalRequest
 from ets_engine.types import SearchEvent, SearchResult
 from ets_integrations.langchain import ChatETS, ETSRunnable, ets_tool
@@ -146,6 +147,18 @@ def test_a_tool_for_agents() -> None:
     assert tool.invoke({"question": QUESTION}).startswith("Answer: 42\nReasoning:\nHello")
     nothing = ets_tool(solver(lambda request: "nothing at all"))
     assert nothing.invoke({"question": QUESTION}).startswith("No answer was found (no_answer)")
+
+
+async def test_a_failed_search_is_an_error_message_to_the_agent() -> None:
+    def fail(request: ProposalRequest) -> str:
+        raise ConnectionError("the server is gone")
+
+    call: Any = {"name": "solve_hard_problem", "args": {"question": QUESTION}, "id": "1", "type": "tool_call"}
+    tool = ets_tool(solver(fail))
+    for message in (tool.invoke(call), await tool.ainvoke(call)):
+        assert message.status == "error" and "the server is gone" in message.content
+    with pytest.raises(ModelLoadError):
+        ets_tool(ETSRunnable(model="./none/such")).invoke(call)
 
 
 async def test_a_tool_for_async_agents() -> None:
