@@ -77,7 +77,7 @@ class SearchConfig(Config):
         top_p, top_k, min_p: Sampling cuts; 1.0, 0 and 0.0 switch them off.
         seed: Same seed, same models, same settings: same tree.
         keep: Leaves kept by "beam" and "dvts", None = width / 4 (at least 1); "beam_sqrt" ignores it.
-        softmax_temperature: REBASE's, ETS's and DORA's temperature over step scores.
+        softmax_temperature: REBASE's, ETS's and DORA's temperature over step scores; DORA's paper has 0.1 for it.
         lambda_b: ETS's price of keeping the whole tree. Dimensionless, >= 0.
         lambda_d: ETS's worth of full semantic coverage. Dimensionless, >= 0.
         cluster_cut: Cosine distance at which steps stop being the same idea, in [0, 2].

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack, runtime_checkable
 
 from ets_engine.config import SearchConfig
+from ets_engine.errors import ConfigError
 from ets_engine.messages import Message, Prompt
 from ets_engine.scorers import EvidenceScorer, Scorer
 from ets_engine.types import LeafVerdict, SearchEvent, SearchResult, Step
@@ -176,10 +177,14 @@ def check_options(options: SearchOptions) -> None:
 
     Raises:
         TypeError: An unknown name.
+        ConfigError: `cancel` cannot be asked.
     """
     for name in options:
         if name not in SearchOptions.__optional_keys__:
             raise TypeError(f"unexpected search option {name!r}; there are {', '.join(SearchOptions.__annotations__)}")
+    cancel: object = options.get("cancel")
+    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
+        raise ConfigError(f"cancel={cancel!r:.100}: give a threading.Event(), or anything else with is_set()")
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Unpack
 
 from ets_engine.config import EngineConfig, SearchConfig
-from ets_engine.errors import ConfigError, EngineError
+from ets_engine.errors import ConfigError, EngineError, ETSError
 from ets_engine.loading import load_models
 from ets_engine.messages import Prompt, last_user_text, problem_text, to_messages
 from ets_engine.models import PolicyFormat, Preset, PrmFormat, Probe
@@ -91,6 +91,7 @@ class ETSEngine:
         self._view = view
         self._read_problem = read_problem
         self._key = key
+        self._max_queued = max_queued_searches
         self._name = f"engine-{uuid.uuid4().hex}"
         if key is not None:
             mark = f"#{verifier.fingerprint()}" if isinstance(verifier, Probe) else ""  # its file may be written anew
@@ -237,6 +238,7 @@ class ETSEngine:
             ProtocolError: The verifier function or the selector broke its contract.
             EngineError: The engine was closed, is full, or failed.
         """
+        check_options(options)
         stop = options["cancel"] = _Stop(options.get("cancel"))
         future = self.submit(problem, config, **options)
         try:
@@ -253,6 +255,7 @@ class ETSEngine:
             asyncio.CancelledError: The task was cancelled.
             ETSError: As `search`.
         """
+        check_options(options)
         stop = options["cancel"] = _Stop(options.get("cancel"))
         future = self.submit(problem, config, **options)
         try:
@@ -280,14 +283,25 @@ class ETSEngine:
         stop = _Stop(None)
         try:
             for problem in problems:
-                if len(pending) >= _IN_FLIGHT:
+                while len(pending) >= self.max_concurrent_searches:
                     pending = wait(pending, return_when=FIRST_COMPLETED).not_done
-                futures.append(self.submit(problem, config, verifier=verifier, cancel=stop))
+                futures.append(self._begin(problem, config, verifier=verifier, cancel=stop))
                 pending.add(futures[-1])
             wait(pending)
         finally:
             stop.is_left = True
         return [future.result() for future in futures]
+
+    def _begin(
+        self, problem: Prompt, config: SearchConfig | None, **options: Unpack[SearchOptions]
+    ) -> Future[SearchResult]:
+        """`submit`, where what is refused is a future that says so."""
+        try:
+            return self.submit(problem, config, **options)
+        except ETSError as error:
+            refused: Future[SearchResult] = Future()
+            refused.set_exception(error)
+            return refused
 
     @property
     def name(self) -> str:
@@ -297,7 +311,7 @@ class ETSEngine:
     @property
     def max_concurrent_searches(self) -> int:
         """So many searches advance together before more of them at once gains nothing (count)."""
-        return _IN_FLIGHT
+        return min(_IN_FLIGHT, self._max_queued)
 
     @property
     def is_closed(self) -> bool:

@@ -52,6 +52,17 @@ class PrefixCache:
         self._clock = 0
         self.num_tokens = 0  # remembered now
 
+    @property
+    def num_unused_tokens(self) -> int:
+        """Tokens of the prefixes that no search uses, which `forget_one` can give back (count)."""
+        tokens, unused = 0, set[int]()
+        for one in reversed(self._all()):  # those below before those above
+            used = self._tree.num_children(one.handle) > len(one.below)
+            if not used and all(id(below) in unused for below in one.below.values()):
+                unused.add(id(one))
+                tokens += len(one.ids)
+        return tokens
+
     def begin(self, ids: Sequence[int], owner: object) -> tuple[int, int]:
         """Open a leaf for a prompt below what is remembered of it; at least its last token is left to read.
 

@@ -77,6 +77,7 @@ class TreePolicy:
         self._steps: dict[int, Step] = {}  # the decoded ones among those children
         self._first = {0: 0}  # the first node with an equal path, of each that may be a parent
         self._is_counted = True  # whether `distinct_tokens` has the steps of the round
+        self._lost: str | None = None  # why no KV can be had any more
         self.distinct_tokens = 0
 
     def start(self) -> int:
@@ -100,7 +101,10 @@ class TreePolicy:
         """Queue one step per child, `children[i]` below `parents[i]`."""
         self._parents = dict(zip(children, parents, strict=True))
         self._steps, self._evidence, self._is_counted = {}, {}, False
-        self._queue(children)
+        if self._lost is None:
+            self._queue(children)
+        else:
+            self.fail(self._lost)
 
     @property
     def unread_tokens(self) -> int:
@@ -156,14 +160,18 @@ class TreePolicy:
         self._evidence[child] = StepEvidence(
             finished.num_sampled, finished.logprob, finished.certainty, finished.hidden_mean
         )
-        failed = "the step boundary's is_over raised on this text" if finished.stop is StopReason.ERROR else None
-        self._steps[child] = Step(finished.text, len(finished.token_ids), finished.stop, failed)
+        self._steps[child] = Step(finished.text, len(finished.token_ids), finished.stop, finished.error)
 
     def fail(self, reason: str) -> None:
         """Give up the steps that are not decoded yet: they are errors from now on."""
         self._decoder.cancel(self._search)
         for child in self._parents:
             self._steps.setdefault(child, Step("", 0, StopReason.ERROR, reason))
+
+    def give_up(self, reason: str) -> None:
+        """Dropped KV cannot be had again: steps that are not decoded yet, and all later ones, are errors."""
+        self._lost, self._dropped = reason, ()
+        self.fail(reason)
 
     def steps(self) -> list[Step] | None:
         """The steps of the round in the order of `submit`, None while some are being decoded."""
@@ -189,7 +197,7 @@ class TreePolicy:
 
     def retain(self, leaves: Sequence[int]) -> None:
         """Free the KV of every path that leads to none of these nodes, at once."""
-        kept = {leaf: self._leaves[leaf] for leaf in leaves}
+        kept = {leaf: self._leaves[leaf] for leaf in leaves if self._lost is None or leaf in self._leaves}
         for node, leaf in self._leaves.items():
             if node not in kept:
                 self._decoder.leaves.release(leaf)

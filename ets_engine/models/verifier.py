@@ -105,6 +105,14 @@ class PrmVerifier:
 
     def score(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
         """Probability that all is right up to each step; NaN where the context or the KV pool is too small for it."""
+        return self.score_read(nodes, parents, self.read(texts))
+
+    def read(self, texts: Sequence[str]) -> list[str]:
+        """What the PRM is given of some steps."""
+        return list(texts if self._read_step is None else map(self._read_step, texts))
+
+    def score_read(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
+        """`score` of what `read` gave; where the KV pool is too small for all of it at once, in parts."""
         if not nodes:
             return []
         try:
@@ -114,7 +122,7 @@ class PrmVerifier:
                 return [float("nan")]
             half = len(nodes) // 2
             parts = (slice(half), slice(half, None))
-            return [score for part in parts for score in self.score(nodes[part], parents[part], texts[part])]
+            return [score for part in parts for score in self.score_read(nodes[part], parents[part], texts[part])]
 
     def open(self) -> None:
         """Read whatever the kept paths hold and the KV tree does not: the problem at first, all of it after `drop`.
@@ -166,12 +174,11 @@ class PrmVerifier:
         self._handles |= opened
 
     def plan(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> Reading:
-        """What is to be read of some steps."""
+        """Where some steps are to be read, of which `read` gave the texts."""
         reading = Reading({}, {})
         alike: dict[Hashable, int] = {}
         for node, parent, text in zip(nodes, parents, texts, strict=True):
-            read = text if self._read_step is None else self._read_step(text)
-            above, ids = self._first[parent], self._format.step_ids(read, is_first=parent == 0)
+            above, ids = self._first[parent], self._format.step_ids(text, is_first=parent == 0)
             equal = (above, tuple(ids)) if self._merges else node
             first = reading.first[node] = alike.setdefault(equal, node)
             handle = self._handles[above]
@@ -230,7 +237,7 @@ class PrmVerifier:
 
 
 ScoreRequest = tuple[PrmVerifier, Sequence[int], Sequence[int], Sequence[str]]
-"""A search's verifier; the new nodes, the node above each, the step of each."""
+"""A search's verifier; the new nodes, the node above each, what `PrmVerifier.read` gave of the step of each."""
 
 
 def open_together(verifiers: Sequence[PrmVerifier]) -> None:

@@ -82,12 +82,13 @@ class FinishedBranch:
         leaf: The new end of the path, the same for all that drew the same tokens; each receiver releases it.
         token_ids: Of the step, without an end-of-text token.
         text: What they add to the path's text: the parent's `carry` and their own text, without the leaf's `carry`.
-        stop: BOUNDARY, FINISHED, LENGTH, or ERROR where `StopRules.is_over` raised.
+        stop: BOUNDARY, FINISHED, LENGTH or ERROR.
         hidden_mean: Mean of the last hidden states at the step's tokens that were read (all but the last; of a
             single-token step, the state it was sampled from). Shape [hidden], float32.
         num_sampled: Tokens sampled, an end-of-text token included (count).
         logprob: Sum of their log-probabilities under the model.
         certainty: Sum of `sampler.certainties` where they were sampled; 0.0 when the branch did not ask.
+        error: One line saying what failed, only with ERROR.
     """
 
     branch: Branch
@@ -99,3 +100,4 @@ class FinishedBranch:
     num_sampled: int
     logprob: float
     certainty: float
+    error: str | None = None

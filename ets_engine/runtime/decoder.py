@@ -8,6 +8,8 @@ what: each branch has a row of its own until its step ends.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,13 @@ from ets_engine.errors import ContextLengthError, PoolExhaustedError
 from ets_engine.runtime.branches import Branch, FinishedBranch, Leaf
 from ets_engine.runtime.leaves import Leaves
 from ets_engine.runtime.runner import Runner
-from ets_engine.runtime.sampler import certainties, check_drawn, draw, uniforms
+from ets_engine.runtime.sampler import NO_NUMBERS, certainties, draw, uniforms
 from ets_engine.runtime.stops import CONTEXT_TOKENS, Detokenizer, StopFinder
 from ets_engine.runtime.transfer import Readback, upload
 from ets_engine.runtime.usage import Usages
 from ets_engine.types import StopReason
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +58,7 @@ class _Part(NamedTuple):
 
     row: int
     members: list[int]
-    token: int
+    token: int  # -1 = their logits are no numbers
     reason: StopReason | None  # None = they go on
 
 
@@ -182,7 +186,8 @@ class StepDecoder:
             with self._readback.reading():
                 tokens, logprobs = drawn[0].tolist(), drawn[1].tolist()
                 certainty = [0.0] * len(tokens) if drawn[2] is None else drawn[2].tolist()
-                check_drawn(logprobs)
+                if any(map(math.isnan, logprobs)):
+                    tokens, logprobs, certainty = _mark_lost(tokens, logprobs, certainty)
                 parts = self._parts(tokens)
                 done = [part for part in parts if part.reason is not None]
                 means = self._means([part.row for part in done])
@@ -193,9 +198,10 @@ class StepDecoder:
             finished = [
                 FinishedBranch(
                     *(live[place].branch, leaf, ids, text, part.reason, mean.copy()),  # no view that keeps the batch's
-                    num_sampled=len(rows[part.row].tokens) + 1,
+                    num_sampled=len(rows[part.row].tokens) + (part.token >= 0),
                     logprob=live[place].logprob + logprobs[place],
                     certainty=live[place].certainty + certainty[place],
+                    error=_why(part),
                 )
                 for (part, handle), mean in zip(ended, means, strict=True)
                 for leaf, ids, text in [self._end(part, handle, leaves)]
@@ -282,7 +288,9 @@ class StepDecoder:
             quiet, read = row.quiet, row.tokens
             goes_on = quiet is not None and read and len(read) + 1 < row.most_tokens and quiet[read[-1]]
             for token, members in alike.items():
-                reason = None if goes_on and quiet[token] else self._reason(row, token)
+                reason = StopReason.ERROR
+                if token >= 0:
+                    reason = None if goes_on and quiet[token] else self._reason(row, token)
                 parts.append(_Part(number, members, token, reason))
         return parts
 
@@ -385,7 +393,7 @@ class StepDecoder:
         """
         row = self._rows[part.row]
         branch, parent = row.first, row.first.parent
-        ended = part.token in branch.stops.eos_ids
+        ended = part.token < 0 or part.token in branch.stops.eos_ids
         tokens = tuple(row.tokens) if ended else (*row.tokens, part.token)
         assert part.reason is not None
         text, carry = self._divide(branch, tokens, part.reason, ended)
@@ -432,6 +440,24 @@ class StepDecoder:
         self._rows, self._states = rows, states
         for state, row in enumerate(rows):
             row.state = state
+
+
+def _mark_lost(
+    tokens: Sequence[int], logprobs: Sequence[float], certainty: Sequence[float]
+) -> tuple[list[int], list[float], list[float]]:
+    """What was drawn, with token -1 and nothing to count where the logits are no numbers; one prompt may do that."""
+    lost = [math.isnan(one) for one in logprobs]
+    _LOGGER.warning("%d branches fail: %s", sum(lost), NO_NUMBERS)
+    drawn = zip(lost, tokens, logprobs, certainty, strict=True)
+    kept = [(-1, 0.0, 0.0) if is_lost else rest for is_lost, *rest in drawn]
+    return [one[0] for one in kept], [one[1] for one in kept], [one[2] for one in kept]
+
+
+def _why(part: _Part) -> str | None:
+    """What failed, of a part that stops for an error."""
+    if part.reason is not StopReason.ERROR:
+        return None
+    return NO_NUMBERS if part.token < 0 else "the step boundary's is_over raised on this text"
 
 
 def _rules(branch: Branch) -> tuple[Hashable, ...]:

@@ -95,7 +95,7 @@ class Leaves:
         self.open([leaf])
         ids = tuple(token_ids)
         return Leaf(
-            self._runner.tree.fork(leaf.handle),
+            self._runner.tree.fork(leaf.handle, fill_page=True),
             leaf.search,
             pending=ids,
             recent=(*leaf.recent, *ids)[-CONTEXT_TOKENS:],

@@ -24,6 +24,11 @@ BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
 _BELOW_ONE = 1 - 2.0**-53
 _LIKELIEST = 128  # tokens that are put in order at first for top-p; more only where they do not reach p
 
+NO_NUMBERS = (
+    "the model's logits are not numbers: its activations outgrow its dtype, or its weights are broken; try "
+    "dtype='float32'"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -99,21 +104,9 @@ def sample(
         ETSError: A row holds NaN or infinity, or gives no token any weight.
     """
     tokens, logprobs = draw(logits, params, draws)
-    check_drawn(logprobs.tolist())
+    if bool(logprobs.isnan().any()):
+        raise ETSError(NO_NUMBERS)
     return tokens, logprobs
-
-
-def check_drawn(logprobs: Sequence[float]) -> None:
-    """Refuse what `draw` makes of logits that are not numbers.
-
-    Raises:
-        ETSError: A log-probability is NaN.
-    """
-    if any(math.isnan(one) for one in logprobs):
-        raise ETSError(
-            "the model's logits are not numbers: its activations outgrow its dtype, or its weights are broken; try "
-            "dtype='float32'"
-        )
 
 
 def draw(
@@ -197,7 +190,8 @@ def _weights(logprobs: torch.Tensor, temperatures: torch.Tensor | None) -> torch
     """What each token weighs at its row's temperature; None = 1 everywhere, 0 counts as 1. [B, V] -> [B, V]."""
     if temperatures is None:
         return logprobs.exp()
-    return (logprobs / temperatures.masked_fill(temperatures == 0, 1.0)[:, None]).softmax(-1)
+    below = logprobs - logprobs.amax(-1, keepdim=True)  # so that no temperature makes the likeliest one infinite
+    return (below / temperatures.masked_fill(temperatures == 0, 1.0)[:, None]).softmax(-1)
 
 
 def _cut(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

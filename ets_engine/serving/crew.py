@@ -213,7 +213,7 @@ class Crew:
                     job.future.set_running_or_notify_cancel()  # those who wait for it are told
                     _end(guest, lambda: None)
                     self._settle(1)
-            elif not _wants_to_stop(job):
+            elif job.error is None and not job.is_called_off():
                 continue
             guest.is_stopped = True
             helper.put(Stop(job.number))
@@ -294,15 +294,6 @@ def _end(guest: _Guest, task: Callable[[], object]) -> bool:
         complete(guest.job, EngineError(f"this search ended, and nobody can be told what it found: {error}"))
         return False
     return True
-
-
-def _wants_to_stop(job: Job) -> bool:
-    """Whether its caller calls it off, or one of its callbacks failed."""
-    try:
-        return job.error is not None or (job.cancel is not None and job.cancel.is_set())
-    except BaseException as error:
-        job.error = error
-        return True
 
 
 def _news(on_event: OnEvent, known: SearchEvent) -> OnEvent:

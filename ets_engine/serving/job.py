@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ets_engine.config import SearchConfig
@@ -59,6 +60,7 @@ class Job:
         request: What the search waits for.
         is_asked: Whether the policy or the caller's own verifier was asked for it already.
         reply: What came back, `PENDING` until then.
+        texts: What the PRM reads of the steps that are to be scored.
         error: What a callback raised.
     """
 
@@ -86,6 +88,7 @@ class Job:
     request: Request | None = None
     is_asked: bool = False
     reply: object = PENDING
+    texts: Sequence[str] = ()
     error: BaseException | None = None
 
     @property
@@ -93,10 +96,18 @@ class Job:
         """Whether the caller's own verifier is at work."""
         return isinstance(self.request, Score) and isinstance(self.judge, CallableVerifier) and self.reply is PENDING
 
+    def is_called_off(self) -> bool:
+        """Whether its caller wants it to stop; a `cancel` that raises ends it with that error."""
+        try:
+            return self.cancel is not None and bool(self.cancel.is_set())
+        except BaseException as error:
+            self.error = error
+            return True
+
     def wants_to_stop(self) -> bool:
         """Whether the caller or the deadline ends it now."""
         if self.ended_early is None:
-            if self.cancel is not None and self.cancel.is_set():
+            if self.is_called_off():
                 self.ended_early = "cancelled"
             elif self.config.deadline_s is not None and time.perf_counter() - self.began_s >= self.config.deadline_s:
                 self.ended_early = "deadline"
@@ -132,6 +143,7 @@ class Courier:
         self._worker = worker
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._num_events = 0
+        self._is_ending = False
         self._thread: threading.Thread | None = None
 
     def tell(self, event: SearchEvent) -> None:
@@ -143,13 +155,17 @@ class Courier:
 
         def deliver() -> None:
             self._num_events -= 1
-            if self._job.error is None:
+            if self._job.error is None and not (event.kind == "step" and self._is_late()):
                 try:
                     on_event(event)
                 except BaseException as error:
                     self._job.error = error
 
         self._run(deliver)
+
+    def _is_late(self) -> bool:
+        """Whether the result should be there already: it is not held up by telling how it came about."""
+        return self._is_ending and self._job.ended_early is not None
 
     def judge(self, verifier: CallableVerifier, request: Score, done: Callable[[object], None]) -> None:
         """Ask the caller's own verifier; `done` gets the scores, unless the verifier raised.
@@ -173,15 +189,26 @@ class Courier:
         self.end(lambda: complete(self._job, outcome))
 
     def end(self, task: Callable[[], object]) -> None:
-        """Do a last thing, after all events were delivered."""
-        self._run(task)
+        """Do a last thing, after all events were delivered.
+
+        Raises:
+            RuntimeError: No thread can be started.
+        """
+        self._is_ending = True
+        self._run(partial(self._outside, task))
         self._tasks.put(None)
 
+    def _outside(self, task: Callable[[], object]) -> None:
+        """The search is over: what hears of its result may wait for the worker."""
+        _callback.worker = None
+        task()
+
     def _run(self, task: Callable[[], object]) -> None:
-        self._tasks.put(task)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"ets-callbacks-{self._job.number}", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name=f"ets-callbacks-{self._job.number}", daemon=True)
+            thread.start()
+            self._thread = thread
+        self._tasks.put(task)
 
     def _work(self) -> None:
         _callback.worker = self._worker

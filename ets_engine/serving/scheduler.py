@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from ets_engine.errors import ContextLengthError, PoolExhaustedError
+from ets_engine.errors import ContextLengthError, EngineError, PoolExhaustedError
 from ets_engine.models import (
     EvidenceVerifier,
     PolicyFormat,
@@ -37,7 +37,7 @@ from ets_engine.search import (
     effective_width,
     search,
 )
-from ets_engine.serving.job import PENDING, Courier, Job
+from ets_engine.serving.job import PENDING, Courier, Job, complete
 from ets_engine.types import EngineStats
 
 Finish = Callable[[Job, SearchTree], object]
@@ -97,10 +97,16 @@ class Scheduler:
         self._live: dict[int, Job] = {}  # by number, in the order of admission
         self._may_read = True  # the next part of a long prompt, in this tick
         self._parked: list[Job] = []  # without KV until their callers' verifiers have answered
+        self._missed: tuple[Job, int] | None = None  # for whom there was no room, with so many free pages
         self.num_dropped = 0  # times that a search gave up its KV for the others
         self._judged: deque[tuple[Job, Request, object]] = deque()  # other threads append
 
     # ------------------------------------------------------------------ jobs
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Searches that have not ended."""
+        return list(self._couriers)
 
     @property
     def num_jobs(self) -> int:
@@ -155,7 +161,7 @@ class Scheduler:
 
     def abandon(self, error: BaseException) -> None:
         """End every search with an error: the models cannot be trusted any more."""
-        for job in list(self._couriers):
+        for job in self.jobs:
             self._end(job, error)
 
     # ------------------------------------------------------------------ who may use the memory
@@ -184,8 +190,13 @@ class Scheduler:
             return True
         wanted = effective_width(job.config) * min(STEP_TOKENS, job.config.max_step_tokens)
         wanted += job.policy.dropped_tokens if job.policy else 0
-        pools = [runner.tree.pool for runner in self._models.runners]
-        return all(pool.free_pages_left is None or pool.free_pages_left * pool.page_tokens >= wanted for pool in pools)
+        for runner in self._models.runners:
+            pool = runner.tree.pool
+            if pool.free_pages_left is not None:
+                free_tokens = pool.free_pages_left * pool.page_tokens + runner.prefixes.num_unused_tokens
+                if free_tokens < wanted:
+                    return False
+        return True
 
     def _make_room(self) -> bool:
         """Take the KV of the search that can spare it best: one that waits for its caller, else the youngest."""
@@ -213,13 +224,18 @@ class Scheduler:
     def _restore(self, job: Job) -> bool:
         """Let a search in again; False when there is no room for it yet."""
         assert job.policy is not None
+        free_pages = self._models.decoder.runner.tree.pool.free_pages_left or 0
+        if self._live and self._missed is not None and self._missed[0] is job and free_pages <= self._missed[1]:
+            self._waiting.appendleft(job)  # as little room as when it was tried last
+            return False
         try:
             job.policy.restore()
         except PoolExhaustedError as error:
             if self._live:
+                self._missed = job, free_pages
                 self._waiting.appendleft(job)
                 return False
-            job.policy.fail(str(error))
+            job.policy.give_up(str(error))
         self._live[job.number] = job
         return True
 
@@ -308,6 +324,8 @@ class Scheduler:
             case Score() as request if isinstance(job.judge, PrmVerifier | CallableVerifier):
                 if not was_asked and isinstance(job.judge, CallableVerifier):
                     self._couriers[job].judge(job.judge, request, lambda found: self._hear(job, request, found))
+                elif not was_asked:
+                    job.texts = job.judge.read(request.texts)
                 return job.reply
             case Progress(event):
                 return self._couriers[job].tell(event)
@@ -346,18 +364,14 @@ class Scheduler:
         """Do something for one search; what goes wrong is its own."""
         try:
             act(job)
-        except Exception as error:
-            self._end(job, error)
-        except BaseException as error:  # a callback's, like KeyboardInterrupt
-            if error is not job.error:
-                raise
+        except BaseException as error:  # a caller's function raises what it likes
             self._end(job, error)
 
     def _end(self, job: Job, outcome: SearchTree | BaseException) -> None:
         """Give back all that a search holds, and complete its future."""
         try:
             found: object = self._finish(job, outcome) if isinstance(outcome, SearchTree) else outcome
-        except Exception as error:
+        except BaseException as error:  # of the caller's view
             found = error
         for part in (job.policy, job.judge):
             if part is not None:
@@ -367,7 +381,11 @@ class Scheduler:
             if job in others:
                 others.remove(job)
         job.request = job.searching = job.policy = job.judge = None  # their tensors are freed here, in this thread
-        self._couriers.pop(job).finish(found)
+        courier = self._couriers.pop(job)
+        try:
+            courier.finish(found)
+        except RuntimeError as error:  # no thread can be started
+            complete(job, EngineError(f"this search ended, and nobody can be told what it found: {error}"))
 
     # ------------------------------------------------------------------ the models
 
@@ -379,7 +397,7 @@ class Scheduler:
             for job in self._live.values():
                 if job.reply is PENDING and isinstance(job.request, Score) and isinstance(job.judge, PrmVerifier):
                     scoring.append(job)
-                    requests.append((job.judge, job.request.nodes, job.request.parents, job.request.texts))
+                    requests.append((job.judge, job.request.nodes, job.request.parents, job.texts))
             if not scoring:
                 return []
             try:
@@ -388,7 +406,7 @@ class Scheduler:
                 if self._make_room():
                     continue
                 ((judge, nodes, parents, texts),) = requests
-                found = [judge.score(nodes, parents, texts)]
+                found = [judge.score_read(nodes, parents, texts)]
             for job, scores in zip(scoring, found, strict=True):
                 job.reply = scores
             return scoring

@@ -11,7 +11,7 @@ from collections import deque
 
 from ets_engine.errors import EngineClosedError, EngineError, QueueFullError
 from ets_engine.runtime.threads import use_threads
-from ets_engine.serving.job import Job
+from ets_engine.serving.job import Job, complete
 from ets_engine.serving.scheduler import Finish, Models, Scheduler
 from ets_engine.types import EngineStats
 
@@ -76,11 +76,12 @@ class Worker:
             self._take(job)
 
     def _take(self, job: Job) -> None:
-        self._inbox.append(job)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="ets-engine", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="ets-engine", daemon=True)
+            thread.start()  # it waits for this lock
+            self._thread = thread
             _started.add(self)
+        self._inbox.append(job)
         self._changed.notify()
 
     def check_open(self, *, is_closing: bool = False) -> None:
@@ -150,19 +151,29 @@ class Worker:
         assert scheduler is not None
         if self._num_threads is not None:
             use_threads(self._num_threads)
-        while self._gather(scheduler):
-            if self._is_stopping:
-                scheduler.abandon(EngineClosedError("the process ended while this search ran"))
-                continue
-            try:
-                scheduler.tick()
-            except Exception as error:
-                _LOGGER.exception("a pass over all searches failed; they end")
-                failure = EngineError(f"the engine failed while this search ran: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                scheduler.abandon(failure)
-            self._num_waiting = scheduler.num_waiting
+        try:
+            while self._gather(scheduler):
+                self._tick(scheduler)
+        except BaseException as error:  # not even the searches could be ended
+            _LOGGER.exception("the engine's thread failed; it takes no more searches")
+            with self._changed:
+                self._is_closing = True
+                left = [*scheduler.jobs, *self._inbox]
+                self._inbox.clear()
+            for job in left:
+                complete(job, _failure(error))
         self._scheduler = None
+
+    def _tick(self, scheduler: Scheduler) -> None:
+        if self._is_stopping:
+            scheduler.abandon(EngineClosedError("the process ended while this search ran"))
+            return
+        try:
+            scheduler.tick()
+        except BaseException as error:
+            _LOGGER.exception("a pass over all searches failed; they end")
+            scheduler.abandon(_failure(error))
+        self._num_waiting = scheduler.num_waiting
 
     def _gather(self, scheduler: Scheduler) -> bool:
         """Wait for work and hand it over; False when there will be none."""
@@ -179,6 +190,12 @@ class Worker:
             while self._inbox:
                 scheduler.add(self._inbox.popleft())
         return True
+
+
+def _failure(error: BaseException) -> EngineError:
+    failure = EngineError(f"the engine failed while this search ran: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 @atexit.register

@@ -164,48 +164,6 @@ def test_from_an_event_loop(engine: ETSEngine) -> None:
 # ---------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("pool_tokens", [160, 240, 400])
-def test_a_full_pool_costs_time_and_nothing_else(engine: ETSEngine, folders: tuple[str, str], pool_tokens: int) -> None:
-    """Alone each search fits; together they take the KV from each other, the youngest first."""
-    jobs = [(problem, settings(width=4, seed=seed)) for seed, problem in enumerate(PROBLEMS)]
-    alone = [engine.search(*job) for job in jobs]
-    assert max(one.kv.peak_tokens for one in alone if one.kv) < 130
-    small = make(folders, kv_pool_tokens=pool_tokens)
-    futures = [small.submit(*job) for job in jobs]
-    together = [future.result(timeout=60) for future in futures]
-    assert [Essence(one) for one in together] == [Essence(one) for one in alone]
-    assert scheduler(small).num_dropped > 0, "the pool was too small for all"
-    settle(small)
-    small.close()
-
-
-def test_the_oldest_search_is_never_the_one_that_waits(folders: tuple[str, str]) -> None:
-    small = make(folders, kv_pool_tokens=160)
-    order: list[int] = []
-    futures = [small.submit(problem, settings(width=4)) for problem in PROBLEMS]
-    for place, future in enumerate(futures):
-        future.add_done_callback(lambda _, place=place: order.append(place))
-    for future in futures:
-        future.result(timeout=60)
-    settle(small)
-    assert order.index(0) <= 2 and order.index(len(PROBLEMS) - 1) >= 4, order
-    small.close()
-
-
-def test_a_search_that_waits_for_its_caller_gives_up_its_memory_first(folders: tuple[str, str]) -> None:
-    """Else a verifier that searches could wait for memory that its own search holds."""
-    small = make(folders, kv_pool_tokens=96)
-
-    def nested(problem: str, steps: Sequence[str]) -> float:
-        return small.search(PROBLEMS[1], settings(width=2, strategy="rebase")).score
-
-    futures = [small.submit(problem, settings(width=2), verifier=nested) for problem in PROBLEMS[:3]]
-    results = [future.result(timeout=120) for future in futures]
-    assert all(result.trace is not None and len(result.trace) > 2 and not result.num_errors for result in results)
-    settle(small)
-    small.close()
-
-
 def test_prompts_that_begin_alike_are_read_once(folders: tuple[str, str]) -> None:
     engine, plain = make(folders), make(folders, prefix_cache_tokens=0)
     system = "be brief and say why. "

@@ -60,6 +60,13 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         before = self.cache.num_tokens
         assert self.cache.forget_one() == (self.cache.num_tokens < before)
 
+    @rule()
+    def forget_all_that_is_unused(self) -> None:
+        before, unused = self.cache.num_tokens, self.cache.num_unused_tokens
+        while self.cache.forget_one():
+            assert self.cache.num_unused_tokens < unused
+        assert before - self.cache.num_tokens == unused and not self.cache.num_unused_tokens
+
     @invariant()
     def books_are_right(self) -> None:
         self.tree.check_integrity()

@@ -78,6 +78,13 @@ def test_a_large_vocabulary_is_sampled_by_blocks_without_bias() -> None:
     assert np.abs(seen - weights / weights.sum()).max() < 1.1e-4
 
 
+def test_next_to_no_temperature_is_none() -> None:
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    for temperature in (1e-3, 1e-30, 1e-39, 5e-324):
+        tokens, _ = sample(logits, [SamplingParams(temperature)] * 3, np.array([0.1, 0.5, 0.9]))
+        assert tokens.tolist() == logits.argmax(-1).tolist(), temperature
+
+
 def test_extreme_draws_land_on_tokens_that_have_weight() -> None:
     logits = torch.full((2, 600), -float("inf"))
     logits[:, [3, 300]] = 0.0
