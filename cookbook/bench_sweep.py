@@ -65,7 +65,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lambda-b", type=numbers, default=numbers("0.25,0.5,1.5,2,3"))
     parser.add_argument("--cluster-cut", type=numbers, default=numbers("0.02,0.05,0.1,0.4,0.8"))
     parser.add_argument("--budgets", type=numbers, default=numbers("100,150,200,300,400,600"), help="KV tokens")
-    parser.add_argument("--peer-widths", type=numbers, default=numbers("2,4,8,16"), help="of REBASE and beam")
+    parser.add_argument("--peer-widths", type=numbers, default=[*range(1, 17)], help="of REBASE and beam")
     parser.add_argument("--max-step-tokens", type=int, default=24, help="under budgets: set aside for each child")
     parser.add_argument("--ablations", action="store_true", help="each published choice alone, at the same width")
     parser.add_argument("--model", default="reference")
