@@ -129,6 +129,8 @@ class Server:
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None
     ) -> httpx.Response:
         where, key = self._where(path), self._key()
+        if key and not (key.isascii() and key.isprintable()):
+            raise ServerError(f"{where}: {self._api_key_env} holds a key that no header can hold")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
@@ -140,13 +142,13 @@ class Server:
                 is_retryable=True,
                 is_down=True,
             ) from None
+        except httpx.LocalProtocolError:  # its text repeats the header, and so perhaps the key
+            raise ServerError(f"{where}: HTTP has no place for such a request; correct the address") from None
         except (httpx.RequestError, httpx.InvalidURL) as error:  # refused, reset, closed half-way
             said = self._clean(f"{type(error).__name__}: {error}")
             way_out = "; start the server, or correct the address" if isinstance(error, httpx.ConnectError) else ""
             raise ServerError(f"{where} broke off: {said}{way_out}", is_retryable=True, is_down=True) from None
         except UnicodeEncodeError as error:
-            if key and not key.isascii():
-                raise ServerError(f"{where}: {self._api_key_env} holds a key that no header can hold") from None
             lone = error.object[error.start : error.end]
             raise ServerError(
                 f"{where}: the request holds {lone!a:.20}, half a character, which no JSON can say; leave it out"

@@ -150,6 +150,9 @@ def test_nobody_there_is_one_line() -> None:
     [
         pytest.param("so \ud83d", KEY, r"the request holds '\\ud83d', half a character", id="text"),
         pytest.param("so", "sk-\u00fc", "OPENAI_API_KEY holds a key that no header can hold", id="key"),
+        pytest.param("so", f"{KEY}\n{KEY}", "a key that no header can hold", id="key of two lines"),
+        pytest.param("so", f"{KEY}\r{KEY}", "a key that no header can hold", id="key with a return"),
+        pytest.param("so", f"{KEY}\x7f{KEY}", "a key that no header can hold", id="key with a control character"),
     ],
 )
 def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch, text: str, key: str, message: str) -> None:
@@ -157,7 +160,26 @@ def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch, text: str, key: st
     server = Server("http://a/v1", transport=httpx.MockTransport(lambda request: httpx.Response(200, json=GOOD)))
     with pytest.raises(ServerError, match=message) as caught:
         server.post("/completions", {"prompt": text})
-    assert str(caught.value).isascii() and not caught.value.is_retryable
+    assert str(caught.value).isascii() and not caught.value.is_retryable and not caught.value.is_down
+    assert KEY not in str(caught.value)
+
+
+def test_a_key_file_may_end_with_a_line_end(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+    replicas, [server], _ = made([(200, GOOD)])
+    replicas.post("/completions", {})
+    assert server.seen == [("/v1/completions", f"Bearer {KEY}")]
+
+
+def test_a_request_that_breaks_the_protocol_is_refused_without_its_text() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.LocalProtocolError(f"Illegal header value {request.headers['authorization']!r}")
+
+    server = Server("http://a/v1", transport=httpx.MockTransport(refuse))
+    with pytest.raises(ServerError, match=r"^http://a/v1/completions: HTTP has no place") as caught:
+        server.post("/completions", {})
+    assert "Illegal" not in str(caught.value)
+    assert not caught.value.is_retryable and not caught.value.is_down
 
 
 def test_any_text_has_a_digest() -> None:
