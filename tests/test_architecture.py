@@ -5,7 +5,7 @@
     models, reference <- loading; results, models <- serving; loading, serving <- helper_process
     loading, serving, answers <- service <- services <- evaluation, ets_integrations
     results, answers <- hosted <- remote <- services
-    evaluation, terminal <- commands <- cli
+    terminal <- evaluation <- commands <- cli
 
 The checker takes any folder that holds the two packages, so each rule is also tried on a planted violation.
 """
@@ -56,7 +56,8 @@ ARROWS: dict[str, set[str]] = {
     "remote": BASE | {"marks", "messages", "protocols", "scorers", "search", "results", "models", "hosted"},
     "registry": BASE | {"protocols"},
     "services": BASE | {"protocols", "registry", "service", "remote"},
-    "evaluation": BASE | {"protocols", "search", "runtime", "reference", "answers", "models", "service", "services"},
+    "evaluation": BASE
+    | {"protocols", "search", "runtime", "reference", "answers", "models", "service", "services", "terminal"},
     "terminal": BASE | {"protocols", "reference"},
     "commands": BASE | {"catalog", "reference", "models", "service", "services", "evaluation", "terminal"},
     "cli": BASE

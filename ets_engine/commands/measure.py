@@ -141,6 +141,7 @@ def grade(
     with one_line_errors():
         from ets_engine.evaluation.gold import check_gold
         from ets_engine.evaluation.problems import load_problems
+        from ets_engine.terminal.words import one_line
 
         if not 0 <= least <= 1:
             raise ConfigError(f"--least {least:g}: give a share from 0 to 1")
@@ -157,7 +158,7 @@ def grade(
             typer.echo("no two different answers to tell apart")
         for name, ids in (("no answer found", found.unread), ("wrong", found.wrong), ("not refused", found.confused)):
             if ids:
-                typer.echo(f"{name}: {', '.join(ids)}")
+                typer.echo(f"{name}: {', '.join(map(one_line, ids))}")
         if right < least * found.worked or refused < least * found.paired:
             fail(f"less than {least:.0%} of {data} is graded as it should be", EXIT_FAILURE)
 

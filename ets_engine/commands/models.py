@@ -91,6 +91,7 @@ def check(
     """
     with one_line_errors():
         from rich.console import Console
+        from rich.text import Text
 
         from ets_engine.config import SearchConfig
         from ets_engine.reference import REFERENCE
@@ -112,7 +113,7 @@ def check(
         else:
             console = Console(highlight=False)
             console.print(_found_table(found, tokens))
-            console.print(_trial(result))
+            console.print(Text(_trial(result)))
         if result.finish_reason == "error":
             fail(f"the trial search failed: {result.num_errors} branches with errors", EXIT_FAILURE)
 
@@ -164,23 +165,28 @@ def _memory_table(role: str, width: int, tokens: int, sharing: float) -> Table:
 def _found_table(found: EngineDescription | ServerDescription, tokens: int) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
+    from ets_engine.terminal.words import clean
     from ets_engine.types import EngineDescription
+
+    def add(head: str, value: str) -> None:
+        table.add_row(Text(clean(head)), Text(clean(value)))  # servers and checkpoints say what they like
 
     table = Table(box=SIMPLE, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     if not isinstance(found, EngineDescription):
         for head, value in _server_facts(found).items():
-            table.add_row(head, value)
+            add(head, value)
         return table
     for role, one in (("policy", found.policy), ("verifier", found.verifier)):
         if one is None:
-            table.add_row(role, found.verifier_name or "none: each search brings a function")
+            add(role, found.verifier_name or "none: each search brings a function")
             continue
         for head, value in _facts(one, tokens).items():
-            table.add_row(f"{role}: {head}", value)
-    table.add_row("embedder", found.embedder)
+            add(f"{role}: {head}", value)
+    add("embedder", found.embedder)
     return table
 
 
