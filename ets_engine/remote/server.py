@@ -178,9 +178,10 @@ class Server:
         return os.environ.get(self._api_key_env, "").strip() or None
 
     def _clean(self, text: str) -> str:
-        """What a server says on one short line, which never repeats the key."""
+        """What a server says on one short line, which never repeats the key and holds nothing for a terminal."""
         key = self._key()
-        line = " ".join((text.replace(key, "[key]") if key else text).split())
+        text = text.replace(key, "[key]") if key else text
+        line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
         return line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
 
 

@@ -100,6 +100,7 @@ def made() -> Iterator[Make]:
         pytest.param([(429, {}, ("Retry-After", "3")), (200, GOOD)], None, 2, id="429 once"),
         pytest.param([(408, ""), (503, ""), (200, GOOD)], None, 3, id="408 and 503"),
         pytest.param([(500, {"error": {"message": "out of\nmemory"}})], "answered 500: out of memory", 3, id="500"),
+        pytest.param([(404, "a\x1b[2J\x07\u202eb")], r"answered 404: a \[2J b; look at", 1, id="terminal escapes"),
         pytest.param([("half", GOOD)], "broke off: RemoteProtocolError", 3, id="half a body"),
         pytest.param([("hang", "")], "did not answer within 0.3 s", 3, id="hangs"),
         pytest.param([(200, "<html>hello")], "answered no JSON object: '<html>hello'", 1, id="garbage"),
