@@ -210,8 +210,10 @@ def _read_problem(problem: str) -> str:
     """The problem as text.
 
     Raises:
-        ConfigError: It is empty or not valid UTF-8.
+        ConfigError: It is empty or not valid UTF-8, or there is no standard input to read it from.
     """
+    if problem == "-" and sys.stdin is None:
+        raise ConfigError("PROBLEM is -, and standard input is closed: say what to solve")
     try:
         text = sys.stdin.buffer.read().decode() if problem == "-" else problem.encode().decode()
     except UnicodeError:

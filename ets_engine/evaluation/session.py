@@ -66,6 +66,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuse at once what would fail, or do nothing, for every search."""
+        there = next((one for one in (self.out, *self.out.parents) if one.exists()), self.out)
+        if there.is_file():
+            raise ConfigError(f"out={str(self.out)!r}: {str(there)!r} is a file; name a folder")
         check_counts(self.mode, self.seeds, self.concurrency, self.latency_problems)
         methods = methods_of(self.strategies, self.widths)
         for method in methods:
