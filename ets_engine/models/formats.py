@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ets_engine.errors import ConfigError
 from ets_engine.messages import Message, Prompt, last_user_text, split_reply, to_messages
-from ets_engine.models.presets import THINK, THOUGHT, Preset, find_preset, instructs, move_to_user_turn
+from ets_engine.models.presets import THINK, THOUGHT, Preset, find_preset
+from ets_engine.models.shapes import first_heard
 from ets_engine.protocols import StepView
 
 _QUESTION, _REPLY = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes, it is."}
@@ -161,21 +162,13 @@ class PolicyFormat:
 
     def _heard(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Message], str]:
         """The first shape of the conversation that the template takes with all its instructions, and its text."""
-        instructions = [message["content"].strip() for message in messages if instructs(message)]
-        taken: list[tuple[Sequence[Message], str]] = []
-        refusals: list[Exception] = []
-        for turns in _shapes(messages):
-            try:
-                taken.append((turns, self._apply(turns, tools)))
-            except Exception as error:  # templates raise whatever their author thought of
-                refusals.append(error)
-                continue
-            if all(said in taken[-1][1] for said in instructions):
-                return taken[-1]
-        if taken:
-            return taken[0]  # it rewrites what it is given
-        reason = " ".join(str(refusals[0]).split())
-        raise ConfigError(f"the policy's chat template refuses these messages: {reason:.300}") from refusals[0]
+        try:
+            return first_heard(
+                messages, lambda turns: self._apply(turns, tools), says=lambda text, instruction: instruction in text
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"the policy's chat template refuses these messages: {reason:.300}") from error
 
     def _apply(
         self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), add_generation_prompt: bool = True
@@ -203,12 +196,3 @@ def begin_ids(tokenizer: PreTrainedTokenizerBase, problem: str, end: str = "\n")
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def _shapes(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    """The conversation as it is, then with its instructions where a template that knows no such role reads them."""
-    yield messages
-    if any(message["role"] == "developer" for message in messages):
-        yield [{**message, "role": "system"} if instructs(message) else message for message in messages]
-    if any(map(instructs, messages)):
-        yield move_to_user_turn(messages)

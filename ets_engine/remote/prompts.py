@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ets_engine.errors import ConfigError, ModelLoadError
 from ets_engine.hosted import estimate_tokens
 from ets_engine.messages import Message, last_user_text, split_reply
+from ets_engine.models.shapes import first_heard
 from ets_engine.remote.capabilities import Capabilities
 from ets_engine.remote.replicas import Replicas
 from ets_engine.remote.server import ServerError
@@ -244,7 +245,7 @@ class PromptWriter:
         if self._preset is not None:
             messages = self._preset.instruct(messages, has_tools=bool(tools))
         if self._by_server:
-            ids = self._render(messages, tools)
+            _, ids = first_heard(messages, lambda turns: self._render(turns, tools), is_refusal=_is_refusal)
             if ids is None:
                 raise ServerError(f"the server's /tokenize has no tokens for {self._model!r}")
             return ids
@@ -286,13 +287,22 @@ def _load_cached(name: str) -> Any:
 
 
 def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], options: Mapping[str, Any]) -> str:
-    turns, given = [dict(message) for message in messages], [dict(tool) for tool in tools]
+    given = [dict(tool) for tool in tools] or None
+
+    def write(turns: Sequence[Message]) -> str:
+        told = [dict(turn) for turn in turns]
+        return tokenizer.apply_chat_template(told, tools=given, add_generation_prompt=True, tokenize=False, **options)
+
     try:
-        return tokenizer.apply_chat_template(
-            turns, tools=given or None, add_generation_prompt=True, tokenize=False, **options
-        )
+        return first_heard(messages, write, says=lambda text, instruction: instruction in text)[1]
     except Exception as error:  # templates raise whatever their author thought of
-        raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the model's chat template refuses these messages: {reason:.300}") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a server refused a request as it was, its chat template perhaps."""
+    return isinstance(error, ServerError) and error.status == 400
 
 
 def _without_bos(tokenizer: Any, text: str) -> str:

@@ -23,7 +23,9 @@ def test_a_closed_standard_input_holds_no_problem() -> None:
 def test_results_go_into_a_folder(tmp_path: Path, below: str) -> None:
     file = tmp_path / "mine"
     file.write_text("mine")
-    done = CliRunner().invoke(cli.app, ["bench", "--model", "no/such", "--verifier", "none", "--out", str(file / below)])
+    done = CliRunner().invoke(
+        cli.app, ["bench", "--model", "no/such", "--verifier", "none", "--out", str(file / below)]
+    )
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr == f"ets: out={str(file / below)!r}: {str(file)!r} is a file; name a folder\n"
     assert file.read_text() == "mine"
