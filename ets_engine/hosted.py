@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, Unpack
 
@@ -20,7 +21,7 @@ from ets_engine.messages import Message, Prompt, problem_text, to_messages
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, SearchService, StepView, Verifier, check_options
 from ets_engine.results import EndedEarly, build_result
 from ets_engine.scorers import CallableVerifier, EqualVerifier, EvidenceScorer, Scorer
-from ets_engine.search import SearchTree, needs_scores, run, search
+from ets_engine.search import SearchTree, StopSearch, needs_scores, run, search
 from ets_engine.types import KVStats, SearchResult, Step, StopReason, Timing
 
 CHARACTERS_PER_TOKEN = 4  # a usual figure for English, where nobody counts
@@ -59,6 +60,22 @@ StepProposer = Callable[[ProposalRequest], Sequence[Step]]
 It alone can honour `config.max_step_tokens`, and spare the model what comes after one of `config.stop`. Where it
 raises, every branch of that depth has failed.
 """
+
+
+_REMAINING_S: ContextVar[Callable[[], float]] = ContextVar("ets_remaining_s", default=lambda: math.inf)
+
+
+def remaining_s() -> float:
+    """Seconds that the search which asks may still take: infinite without a deadline, 0 once it is to end.
+
+    Proposers and verifiers that wait for something may ask, in the search's thread and wherever its context variables
+    go; outside a search it is infinite.
+
+    Example:
+        >>> remaining_s()
+        inf
+    """
+    return _REMAINING_S.get()()
 
 
 def estimate_tokens(text: str) -> int:
@@ -100,7 +117,8 @@ class HostedEngine:
     Searches run side by side in threads of their own, each asking the model for all steps of a depth at once. What the
     model's owner does with the branches' common prefixes is not seen here: results have no KV figures, unless a
     subclass counts some from the tree. A deadline and `cancel` are looked at before and after each question to model or
-    verifier, never during one.
+    verifier; during one, proposer and verifier may look at `remaining_s`. Where they then fail on everything, the
+    search ends with what it had before.
 
     Args:
         proposer: Asks the model.
@@ -261,14 +279,18 @@ class HostedEngine:
         if job.scorer is not None:
             read_step = options.get("read_step") if options.get("verifier") is None else None
             verifier = _Timed(CallableVerifier(job.scorer, job.problem, read_step), job)
-        tree = run(
-            search(job.config, selector, clock=time.perf_counter),
-            policy,
-            verifier,
-            self._embedder,
-            on_event=options.get("on_event"),
-            should_stop=job.wants_to_stop,
-        )
+        limit = _REMAINING_S.set(job.remaining_s)
+        try:
+            tree = run(
+                search(job.config, selector, clock=time.perf_counter),
+                policy,
+                verifier,
+                self._embedder,
+                on_event=options.get("on_event"),
+                should_stop=job.wants_to_stop,
+            )
+        finally:
+            _REMAINING_S.reset(limit)
         result = build_result(
             tree,
             job.config,
@@ -319,12 +341,23 @@ class _HostedSearch:
     def problem(self) -> str:
         return self.options.get("problem_text") or problem_text(self.messages)
 
+    @property
+    def is_cancelled(self) -> bool:
+        return self.is_left or (self.cancel is not None and self.cancel.is_set())
+
     def wants_to_stop(self) -> bool:
-        if self.is_left or (self.cancel is not None and self.cancel.is_set()):
+        if self.is_cancelled:
             self.ended_early = "cancelled"
-        elif self.config.deadline_s is not None and time.perf_counter() - self.began_s >= self.config.deadline_s:
+        elif self.remaining_s() <= 0:
             self.ended_early = "deadline"
         return self.ended_early is not None
+
+    def remaining_s(self) -> float:
+        if self.is_cancelled:
+            return 0.0
+        if self.config.deadline_s is None:
+            return math.inf
+        return max(0.0, self.config.deadline_s - (time.perf_counter() - self.began_s))
 
 
 class _HostedPolicy:
@@ -347,7 +380,12 @@ class _HostedPolicy:
         self.raised: Exception | None = None  # what the proposer raised first
 
     def start(self) -> int:
-        return self._count_prompt(self._job.messages, self._job.tools)
+        try:
+            return self._count_prompt(self._job.messages, self._job.tools)
+        except Exception as error:
+            if self._job.wants_to_stop():
+                raise StopSearch from error
+            raise
 
     def expand(self, parents: Sequence[int], children: Sequence[int]) -> list[Step]:
         began_s = time.perf_counter()
@@ -361,6 +399,8 @@ class _HostedPolicy:
         self._job.policy_s += time.perf_counter() - began_s
         if not isinstance(steps, list) or not all(isinstance(step, Step) for step in steps):
             return steps  # type: ignore[return-value] # the loop refuses it, as it does a wrong number
+        if all(step.stop is StopReason.ERROR for step in steps) and self._job.wants_to_stop():
+            raise StopSearch
         for place, (parent, child) in enumerate(zip(parents[: len(steps)], children, strict=False)):
             step = steps[place] = cut_step(steps[place], request.partials[place], self._config.stop)
             self._paths[child] = (*self._paths[parent], step)
@@ -398,6 +438,8 @@ class _Timed:
         began_s = time.perf_counter()
         scores = self._verifier.score(nodes, parents, texts)
         self._job.verifier_s += time.perf_counter() - began_s
+        if all(map(math.isnan, scores)) and self._job.wants_to_stop():
+            raise StopSearch
         return scores
 
     def retain(self, leaves: Sequence[int]) -> None:

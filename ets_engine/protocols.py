@@ -137,7 +137,7 @@ class Cancel(Protocol):
     """What stops a search early, a `threading.Event` for instance."""
 
     def is_set(self) -> bool:
-        """Whether the caller wants the best so far now; asked before every decode step, on the engine's thread."""
+        """Whether the caller wants the best so far now; asked before every decode step, on a thread of the engine's."""
         ...
 
 

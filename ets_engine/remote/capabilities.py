@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ets_engine.hosted import remaining_s
 from ets_engine.remote.replicas import Replicas
-from ets_engine.remote.server import ServerError
+from ets_engine.remote.server import AbandonedError, ServerError
 
 COMPLETIONS = "/completions"
 EXTRAS = {"include_stop_str_in_output": True, "no_stop_trim": True, "return_token_ids": True}
@@ -50,6 +51,7 @@ def probe(replicas: Replicas, model: str) -> Capabilities:
 
     Raises:
         ServerError: The server cannot be reached, does not know the model, or has no completions API.
+        AbandonedError: The search that asks ended first.
     """
     plain: dict[str, Any] = {"model": model, "prompt": _PROMPT, "max_tokens": 8, "temperature": 0.0}
     sample: Mapping[str, Any] = {}
@@ -144,9 +146,11 @@ def _probe_stop(replicas: Replicas, asked: Mapping[str, Any], text: str) -> Lite
 
 def _context_tokens(replicas: Replicas, model: str) -> int | None:
     try:
-        found = replicas.servers[0].get("/models").json()
+        found = replicas.servers[0].get("/models", remaining_s()).json()
         cards = {card["id"]: card for card in found["data"]}
         context = cards[model].get("max_model_len")
-    except (ServerError, ValueError, LookupError, TypeError, AttributeError):
+    except (ServerError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if remaining_s() <= 0:
+            raise AbandonedError("the search ended before the model's context was known") from error
         return None
     return context if isinstance(context, int) else None

@@ -29,7 +29,7 @@ from ets_engine.remote.capabilities import (
 )
 from ets_engine.remote.prompts import PromptWriter, RemotePrompt
 from ets_engine.remote.replicas import Replicas, digest
-from ets_engine.remote.server import ServerError
+from ets_engine.remote.server import AbandonedError, ServerError
 from ets_engine.types import Step, StopReason
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ class RemotePolicy:
                     raise copy.copy(self._failure)
                 try:
                     self._known = probe(self._replicas, self._model)
+                except AbandonedError:
+                    raise  # others have more time
                 except ServerError as error:
                     self._failure, self._failed_s = copy.copy(error), time.monotonic()
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import random
 import threading
@@ -14,14 +15,23 @@ from typing import Any, TypeVar
 
 import httpx
 
+from ets_engine.hosted import remaining_s
 from ets_engine.remote.address import Address
-from ets_engine.remote.server import Server, ServerError
+from ets_engine.remote.server import AbandonedError, Server, ServerError
 
 T = TypeVar("T")
 
 _SLACK = 8  # branches that a replica may have more in flight than the idlest before new subtrees go elsewhere
 _KNOWN_HOMES = 65536  # prefixes whose replica is remembered
 _PING_S = 5.0
+_NAP_S = 0.1
+
+
+def rest(duration_s: float) -> None:
+    """Wait, for no longer than the search goes on that asked."""
+    end_s = time.monotonic() + duration_s
+    while (left_s := min(end_s - time.monotonic(), remaining_s())) > 0:
+        time.sleep(min(left_s, _NAP_S))
 
 
 @dataclass(eq=False)
@@ -40,6 +50,8 @@ class Replicas:
     failed it yet, then after a growing, jittered pause, or after what `Retry-After` says. A replica that seems dead is
     left aside for a while and asked for its models before it gets requests again.
 
+    A search's deadline cuts every wait short, and after it, or once the search is cancelled, there is no other try.
+
     Args:
         servers: At least one.
         retries: More tries of a request after the first (count), over all replicas; each replica gets one in any case.
@@ -48,7 +60,7 @@ class Replicas:
         cooldown_s: How long a dead replica is left aside.
         max_concurrent_requests: Most requests in flight, over all replicas (count).
         clock: Seconds as a number.
-        sleep: Waits.
+        sleep: Waits between tries.
     """
 
     def __init__(
@@ -61,7 +73,7 @@ class Replicas:
         cooldown_s: float = 30.0,
         max_concurrent_requests: int = 64,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = rest,
     ) -> None:
         """See the class."""
         self._replicas = [_Replica(server) for server in servers]
@@ -125,14 +137,19 @@ class Replicas:
 
         Raises:
             ServerError: The last failure, when no try is left or another try cannot help.
+            AbandonedError: The search that asks ended first.
         """
         failed: list[_Replica] = []
         tries = max((self._retries if retries is None else retries) + 1, len(self._replicas))
         for tried in range(1, tries + 1):
+            if (left_s := remaining_s()) <= 0:
+                raise AbandonedError(f"the search ended before {path} was asked")
             replica = self._take(prefixes, load, failed)
             try:
-                return replica.server.post(path, body)
+                return replica.server.post(path, body, left_s)
             except ServerError as error:
+                if remaining_s() <= 0:
+                    raise AbandonedError(f"the search ended before {path} had answered") from error
                 failed.append(replica)
                 if error.is_down:
                     replica.down_until_s = self._clock() + self._cooldown_s
@@ -147,15 +164,18 @@ class Replicas:
         raise AssertionError("the last try returns or raises")
 
     def map(self, call: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
-        """Results of `call` for all items, side by side; a `ServerError` is a result, in the place of its item."""
+        """Results of `call` for all items, side by side; a `ServerError` is a result, in the place of its item.
 
-        def guarded(item: T) -> Any:
+        All calls run with this call's context variables, and so know the search that asks.
+        """
+
+        def guarded(context: contextvars.Context, item: T) -> Any:
             try:
-                return call(item)
+                return context.run(call, item)
             except ServerError as error:
                 return error
 
-        return list(self._pool.map(guarded, items))
+        return list(self._pool.map(guarded, [contextvars.copy_context() for _ in items], items))
 
     def close(self) -> None:
         """Wait for the requests in flight, and close all connections."""
@@ -208,7 +228,7 @@ class Replicas:
                 return
             due.down_until_s = now_s + self._cooldown_s  # the others leave it aside meanwhile
         try:
-            due.server.get("/models", _PING_S)
+            due.server.get("/models", min(_PING_S, remaining_s()))
         except ServerError as error:
             if error.is_down:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -44,6 +45,10 @@ class ServerError(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class AbandonedError(ServerError):
+    """The search that asked has ended, so nobody waits for a reply any more; that is no fault of the server's."""
+
+
 class Server:
     """Speaks JSON with one OpenAI-compatible server; any number of threads may use it.
 
@@ -77,7 +82,6 @@ class Server:
         self._api_key_env = api_key_env
         self._timeout_s = timeout_s
         self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_S, timeout_s), pool=None),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
             follow_redirects=False,
             transport=transport,
@@ -87,17 +91,18 @@ class Server:
         """Without the key."""
         return f"Server({self.url!r})"
 
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, Any], timeout_s: float = math.inf) -> dict[str, Any]:
         """The reply to a JSON body.
 
         Args:
             path: Below the base address, "/completions" for instance; "^/tokenize" is below the server's root.
             body: To be sent.
+            timeout_s: Longest wait for it, where that is less than the server's.
 
         Raises:
             ServerError: In one line, what went wrong.
         """
-        response = self._send("POST", path, body)
+        response = self._send("POST", path, body, timeout_s)
         try:
             found = response.json()
         except ValueError:
@@ -110,8 +115,8 @@ class Server:
             )
         return found
 
-    def get(self, path: str, timeout_s: float | None = None) -> httpx.Response:
-        """A page of the server, with any status below 300.
+    def get(self, path: str, timeout_s: float = math.inf) -> httpx.Response:
+        """A page of the server, with any status below 300; the arguments are as in `post`.
 
         Raises:
             ServerError: As `post`.
@@ -125,20 +130,19 @@ class Server:
     def _where(self, path: str) -> str:
         return self._root + path[1:] if path.startswith("^") else self.url + path
 
-    def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None
-    ) -> httpx.Response:
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> httpx.Response:
         where, key = self._where(path), self._key()
         if key and not (key.isascii() and key.isprintable()):
             raise ServerError(f"{where}: {self._api_key_env} holds a key that no header can hold")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
+        wait_s = min(timeout_s, self._timeout_s)
+        pool_s = wait_s if timeout_s < self._timeout_s else None
+        timeout = httpx.Timeout(wait_s, connect=min(_CONNECT_S, wait_s), pool=pool_s)
         try:
             response = self._client.request(method, where, json=body, headers=headers, timeout=timeout)
         except httpx.TimeoutException:
-            waited_s = self._timeout_s if timeout_s is None else timeout_s
             raise ServerError(
-                f"{where} did not answer within {waited_s:g} s; look at its log, or raise timeout_s",
+                f"{where} did not answer within {wait_s:g} s; look at its log, or raise timeout_s",
                 is_retryable=True,
                 is_down=True,
             ) from None

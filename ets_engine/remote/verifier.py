@@ -14,7 +14,7 @@ from ets_engine.errors import ConfigError
 from ets_engine.marks import read_mark
 from ets_engine.remote.address import Address
 from ets_engine.remote.replicas import Replicas, digest
-from ets_engine.remote.server import ServerError
+from ets_engine.remote.server import AbandonedError, ServerError
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -275,8 +275,9 @@ class _FirstOnly:
         self._lock = threading.Lock()
 
     def dead(self, why: object, count: int) -> list[float]:
+        has_failed = not isinstance(why, AbandonedError)
         with self._lock:
-            is_first, self._has_failed = not self._has_failed, True
+            is_first, self._has_failed = has_failed and not self._has_failed, has_failed or self._has_failed
         if is_first:
             _LOGGER.warning("%s failed: %s; such branches end", self._name, why)
         return [math.nan] * count

@@ -29,7 +29,8 @@ def run(
         verifier: Scores steps.
         embedder: Needed only by selectors with `needs_embeddings`.
         on_event: Called with every progress event.
-        should_stop: Asked before every request; once it says True the search ends with the tree so far.
+        should_stop: Asked before every request; once it says True the search ends with the tree so far, as it does
+            where policy, verifier or embedder raise `StopSearch`.
 
     Returns:
         The tree, with `tree.stopped` set when it was stopped early.
@@ -45,11 +46,15 @@ def run(
     try:
         request = next(searching)
         while True:
-            if should_stop is not None and should_stop():
+            try:
+                if should_stop is not None and should_stop():
+                    raise StopSearch
+                found = answer(request, policy, verifier, embedder, on_event)
+            except StopSearch as stop:
                 should_stop = None
-                request = searching.throw(StopSearch())
+                request = searching.throw(stop)
             else:
-                request = searching.send(answer(request, policy, verifier, embedder, on_event))
+                request = searching.send(found)
     except StopIteration as ended:
         return ended.value
 

@@ -833,9 +833,7 @@ def test_the_policy_alone_proposes_for_any_hosted_engine() -> None:
     )
     steps = RemotePolicy(replicas, "m", boundaries=["\n"])(request)
     assert [(step.text[:7], step.stop) for step in steps] == [("line 0 ", StopReason.LENGTH)] * 2
-    foreign = replace(
-        request, partials=["so"], parents=(3,), children=(4,), paths=[(Step("so", 1),)], tokens_left=[8]
-    )
+    foreign = replace(request, partials=["so"], parents=(3,), children=(4,), paths=[(Step("so", 1),)], tokens_left=[8])
     with pytest.raises(ServerError, match="the tokens of 'so' are not known"):
         RemotePolicy(replicas, "m", boundaries=["\n"])(foreign)
     replicas.close()

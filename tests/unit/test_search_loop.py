@@ -315,6 +315,26 @@ def test_stopping_before_the_prompt_is_read():
     assert searching.throw(StopSearch()).event.kind == "end"
 
 
+@pytest.mark.parametrize("stops", ["start", "expand", "score"])
+def test_policy_and_verifier_may_stop_the_search(stops):
+    class Policy(FakePolicy):
+        def start(self):
+            return leave() if stops == "start" else super().start()
+
+        def expand(self, parents, children):
+            return leave() if stops == "expand" and 0 not in parents else super().expand(parents, children)
+
+    class Verifier(TableVerifier):
+        def score(self, nodes, parents, texts):
+            return leave() if stops == "score" and 0 not in parents else super().score(nodes, parents, texts)
+
+    def leave():
+        raise StopSearch
+
+    tree = run(search(config(width=2)), Policy(seed=1), Verifier())
+    assert tree.stopped and [node.depth for node in tree.nodes] == ([0] if stops == "start" else [0, 1, 1])
+
+
 def test_a_crash_in_the_policy_reaches_the_caller():
     class Crash(FakePolicy):
         def expand(self, parents, children):

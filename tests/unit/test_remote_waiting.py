@@ -1,0 +1,203 @@
+"""A search over servers waits for none of them beyond its deadline or its end, and keeps what it had until then."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from ets_engine.config import SearchConfig
+from ets_engine.hosted import HostedEngine, ProposalRequest, remaining_s
+from ets_engine.remote import Replicas, Server, ServerError, connect
+from ets_engine.types import Step, StopReason
+
+PROBLEM = "What is 1+1?"
+SOON_S = 2.0  # long for a machine, short beside any of the waits that are to be cut short
+Fault = Callable[[httpx.Request], None]
+
+
+def works(request: httpx.Request) -> None:
+    """No fault at all."""
+
+
+def hangs(request: httpx.Request) -> None:
+    """As a server that takes requests and never answers, for as long as the client waits."""
+    time.sleep(request.extensions["timeout"]["read"])
+    raise httpx.ReadTimeout("", request=request)
+
+
+def refuses(request: httpx.Request) -> None:
+    raise Answer(400)
+
+
+def is_busy(request: httpx.Request) -> None:
+    raise Answer(429, {"Retry-After": "20"})
+
+
+class Answer(Exception):
+    """What a server answers instead.
+
+    Args:
+        status: Of the answer.
+        headers: Of the answer.
+    """
+
+    def __init__(self, status: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status)
+        self.response = httpx.Response(status, headers=headers)
+
+
+class Model:
+    """Writes a step for ever, judges everything alike, and has whatever fault it is told to have.
+
+    Attributes:
+        fault: What happens to a request before it is answered.
+        hosts: That were asked, in order.
+    """
+
+    def __init__(self, fault: Fault = works) -> None:
+        self.fault = fault
+        self.hosts: list[str] = []
+        self.steps = 0  # requests for steps
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.hosts.append(request.url.host)
+        try:
+            self.fault(request)
+        except Answer as instead:
+            return instead.response
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m", "max_model_len": 9999}]})
+        if request.url.path == "/v1/chat/completions":
+            return httpx.Response(200, json={"choices": [{"message": {"content": "5"}}]})
+        if request.url.path != "/v1/completions":
+            return httpx.Response(404)
+        body = json.loads(request.content)
+        self.steps += PROBLEM in body["prompt"]
+        said = {"text": "so\n", "finish_reason": "stop", "stop_reason": "\n"}
+        return httpx.Response(200, json={"choices": [{**said, "index": place} for place in range(body.get("n", 1))]})
+
+
+def of(path: str, fault: Fault, *, after: Callable[[], bool] = lambda: True) -> Fault:
+    """A fault of one page alone, from some moment on."""
+    return lambda request: fault(request) if request.url.path == path and after() else None
+
+
+def judge(problem: str, steps: Sequence[str]) -> float:
+    return 0.5
+
+
+def small(**changes: Any) -> SearchConfig:
+    return SearchConfig(**{"strategy": "best_of_n", "width": 1, "max_steps": 50, "max_tokens": 9999, **changes})
+
+
+def reach(model: Model, verifier: Any = judge, **options: Any) -> Any:
+    how: dict[str, Any] = {"template": "plain", "boundaries": ["\n"], "transport": httpx.MockTransport(model)}
+    return connect("openai:http://a#m", verifier, **{**how, "timeout_s": 30.0, **options})
+
+
+@pytest.fixture
+def took() -> Iterator[None]:
+    """The test itself is over soon, so whatever it did was."""
+    began_s = time.monotonic()
+    yield
+    assert time.monotonic() - began_s < SOON_S
+
+
+@pytest.mark.usefixtures("took")
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models"])
+def test_a_deadline_holds_while_the_server_is_not_known_yet(path: str) -> None:
+    with reach(Model(of(path, hangs))) as engine:
+        result = engine.search(PROBLEM, small(deadline_s=0.3))
+    assert (result.finish_reason, result.text, result.num_errors) == ("deadline", "", 0)
+
+
+@pytest.mark.usefixtures("took")
+def test_a_deadline_cuts_a_request_short_and_what_was_there_is_the_result() -> None:
+    model = Model()
+    model.fault = of("/v1/completions", hangs, after=lambda: model.steps >= 3)
+    with reach(model) as engine:
+        result = engine.search(PROBLEM, small(deadline_s=0.5))
+    assert (result.finish_reason, result.text, result.num_errors) == ("deadline", "so\n" * 3, 0)
+
+
+@pytest.mark.usefixtures("took")
+def test_so_it_does_with_a_served_verifier_which_has_not_failed_by_that(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model(of("/v1/chat/completions", hangs))
+    with reach(model, "judge:openai:http://b#m") as engine:
+        result = engine.search(PROBLEM, small(strategy="rebase", deadline_s=0.3))
+        assert (result.finish_reason, result.num_errors) == ("deadline", 0) and caplog.text == ""
+        model.fault = of("/v1/chat/completions", refuses)
+        assert engine.search(PROBLEM, small(strategy="rebase")).finish_reason == "error"
+    assert "the judge 'm' failed: " in caplog.text
+
+
+@pytest.mark.usefixtures("took")
+def test_a_cancelled_search_pauses_for_no_other_try() -> None:
+    cancel, model = threading.Event(), Model()
+
+    model.fault = of("/v1/completions", is_busy, after=lambda: model.steps >= 2)
+    with reach(model) as engine:
+        threading.Timer(0.3, cancel.set).start()
+        result = engine.search(PROBLEM, small(), cancel=cancel)
+    assert (result.finish_reason, result.text, result.num_errors) == ("cancelled", "so\n" * 2, 0)
+
+
+@pytest.mark.usefixtures("took")
+def test_who_has_no_time_says_nothing_about_the_server_to_others() -> None:
+    model = Model(hangs)
+    with reach(model) as engine:
+        assert engine.search(PROBLEM, small(deadline_s=0.2)).finish_reason == "deadline"
+        model.fault = works
+        assert engine.search(PROBLEM, small(max_steps=2)).text == "so\n" * 2
+
+
+@pytest.mark.usefixtures("took")
+def test_who_has_no_time_leaves_no_replica_aside() -> None:
+    model = Model()
+    transport = httpx.MockTransport(model)
+    replicas = Replicas([Server(f"http://{host}/v1", transport=transport) for host in "ab"])
+
+    def propose(request: ProposalRequest) -> list[Step]:
+        replicas.post("/completions", {"prompt": PROBLEM}, prefixes=("home",))
+        return [Step("so", 1, StopReason.FINISHED) for _ in request.partials]
+
+    with HostedEngine(propose, judge, name="two replicas") as engine:
+        engine.search(PROBLEM, small())
+        model.fault = hangs
+        assert engine.search(PROBLEM, small(deadline_s=0.2)).finish_reason == "deadline"
+        model.fault = works
+        engine.search(PROBLEM, small())
+    assert len(model.hosts) == 3 and len(set(model.hosts)) == 1
+    replicas.close()
+
+
+def test_what_is_left_of_a_search_is_known_to_all_that_it_asks() -> None:
+    cancel, seen = threading.Event(), list[float]()
+    replicas = Replicas([Server("http://a/v1")])
+
+    def propose(request: ProposalRequest) -> list[Step]:
+        seen.extend([remaining_s(), *replicas.map(lambda item: remaining_s(), [1, 2])])
+        cancel.set()
+        seen.extend([remaining_s(), *replicas.map(lambda item: remaining_s(), [1, 2])])
+        return [Step("so ", 1) for _ in request.partials]
+
+    with HostedEngine(propose, judge, name="curious") as engine:
+        engine.search(PROBLEM, small(), cancel=cancel)
+        assert seen == [math.inf] * 3 + [0.0] * 3
+        cancel.clear()
+        engine.search(PROBLEM, small(deadline_s=60), cancel=cancel)
+        assert all(0 < left_s < 60 for left_s in seen[6:9]) and seen[9:] == [0.0] * 3
+    assert remaining_s() == math.inf
+    replicas.close()
+
+
+def test_a_model_that_fails_before_its_time_is_up_is_still_an_error() -> None:
+    with reach(Model(refuses)) as engine, pytest.raises(ServerError, match="answered 400"):
+        engine.search(PROBLEM, small(deadline_s=60))
