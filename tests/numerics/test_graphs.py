@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 
 from ets_engine import ETSEngine, SearchConfig
 from ets_engine.config import EngineConfig, Strategy
-from ets_engine.errors import ETSError, PoolExhaustedError, UnsupportedModelError
+from ets_engine.errors import PoolExhaustedError, UnsupportedModelError
 from ets_engine.reference.problems import generate_problems
 from ets_engine.runtime import Branch, Runner, SamplingParams, StepDecoder, StopRules
-from ets_engine.runtime.sampler import draw
-from ets_engine.types import EngineStats
+from ets_engine.runtime.sampler import NO_NUMBERS, draw
+from ets_engine.types import EngineStats, StopReason
 
 from .conftest import VOCABULARY, plain_logits, tiny_model
 from .emulated_gpu import emulate_gpu, use_plain_kernels
@@ -72,22 +73,32 @@ def test_where_not_all_fit_only_those_that_go_on_are_read(monkeypatch: pytest.Mo
     runner.tree.check_integrity()
 
 
-def test_logits_that_are_no_numbers_leave_the_branches_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "runs_ahead", True)
-    runner = Runner(tiny_model("llama"), EngineConfig(page_tokens=4, prefix_cache_tokens=0))
-    decoder = StepDecoder(runner, Letters())
-    prompt = decoder.leaves.start(PROMPT, "search")
-    rules = StopRules(strings=(), max_step_tokens=5)
-    decoder.submit([Branch(prompt, node, 7, SamplingParams(), rules, 9) for node in (1, 2)])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_logits_that_are_no_numbers_end_their_own_branch(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    def start() -> StepDecoder:
+        decoder = StepDecoder(Runner(tiny_model("llama"), EngineConfig(page_tokens=4)), Letters())
+        rules = [StopRules(strings=(), max_step_tokens=5) for _ in range(2)]  # of its own, so that none is merged
+        prompt = decoder.leaves.start(PROMPT, "search")
+        decoder.submit([Branch(prompt, 1 + i, 7, SamplingParams(), one, 9) for i, one in enumerate(rules)])
+        return decoder
+
+    expected = start().run()[1].token_ids
+    monkeypatch.setattr(Runner, "runs_ahead", ahead)
+    decoder = start()
     decoder.step()
-    before = runner.tree.resident_tokens
-    usual = runner.logits
-    monkeypatch.setattr(runner, "logits", lambda hidden: usual(hidden) * float("nan"))
-    with pytest.raises(ETSError, match="not numbers"):
-        decoder.step()
-    assert runner.tree.resident_tokens == before
-    monkeypatch.setattr(runner, "logits", usual)
-    assert [len(step.token_ids) for step in decoder.run()] == [5, 5]
+    runner = decoder.runner
+    factors, usual = torch.tensor([[float("nan")], [1.0]]), runner.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "logits", lambda hidden: usual(hidden) * factors)
+        (lost,) = decoder.step()
+    assert (lost.branch.node, lost.stop, lost.error) == (1, StopReason.ERROR, NO_NUMBERS)
+    assert (len(lost.token_ids), lost.num_sampled) == (1, 1) and math.isfinite(lost.logprob)
+    runner.tree.check_integrity()
+    (other,) = decoder.run()
+    assert other.token_ids == expected
+    for one in (lost, other):
+        decoder.leaves.release(one.leaf)
+    runner.tree.check_integrity()
 
 
 def test_rows_of_graphs_are_few_and_not_much_larger() -> None:
