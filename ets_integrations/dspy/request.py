@@ -17,7 +17,7 @@ from ets_engine.scorers import Scorer
 from ets_engine.tool_calls import Toolbox, ToolView
 from ets_integrations.dspy.calls import Call
 from ets_integrations.dspy.source import ServiceSource
-from ets_integrations.dspy.view import COMPLETED, PlainScorer, infer_view, is_marked, plain_problem
+from ets_integrations.dspy.view import COMPLETED, infer_view, is_marked, plain_problem, plain_scorer
 from ets_integrations.settings import WIDTHS, fresh_seed
 
 SETTINGS = ("temperature", "max_tokens", "top_p", "top_k", "seed")
@@ -76,7 +76,7 @@ def read_request(request: lm15.Request, source: ServiceSource, call: Call) -> Qu
     if toolbox is not None:
         view = ToolView(toolbox) if view is None else ToolView(toolbox, view.answer, view.same)
     problem = plain_problem(messages)
-    own = None if source.scorer is None else PlainScorer(source.scorer, problem)
+    own = None if source.scorer is None else plain_scorer(source.scorer, problem)
     key = _key(messages, settings, toolbox, ets, source, call)
     seed, sample = settings.pop("seed", None), (call.rollout_id or 0) + call.num_answered
     seed = fresh_seed() if seed is None else (seed + sample) % _SEEDS  # another sample, the same one each time

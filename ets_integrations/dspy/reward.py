@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import json
 import logging
@@ -90,8 +91,7 @@ class Rewards:
         if pred is None:
             return math.nan
         try:
-            with dspy.context(trace=[], send_stream=None):
-                return float(self.reward_fn(self.args, pred))
+            return float(_apart(self.reward_fn, self.args, pred))
         except Exception as error:
             if self.error is None:
                 _LOGGER.warning("the reward function failed on %r: %r; such answers come last", text[-80:], error)
@@ -123,7 +123,7 @@ class RewardScorer:
         text = "".join(steps)
         worth = UNDECIDED
         if self.step_reward_fn is not None and (plain := plain_steps(steps)):
-            worth = float(self.step_reward_fn(self.args, plain))
+            worth = float(_apart(self.step_reward_fn, self.args, plain))
         reward = None if self.rewards is None else self.rewards.of(text)
         if self.rewards is None or reward is None:
             return worth
@@ -131,3 +131,13 @@ class RewardScorer:
         self.is_solved = self.is_solved or (not may_go_on and self.rewards.is_enough(reward))
         reward = min(1.0, max(0.0, reward))
         return max(worth, reward) if may_go_on else reward
+
+
+def _apart(function: Callable[..., float], *args: Any) -> float:
+    """What a user's function returns; what it asks an LM on the way leaves no trace in the program that is run."""
+
+    def ask() -> float:
+        with dspy.context(trace=[], send_stream=None):
+            return function(*args)
+
+    return contextvars.copy_context().run(ask)

@@ -20,6 +20,9 @@ _MARKER = re.compile(r"\[\[ ## (\w+) ## \]\][ \t]*\n?")
 _ASKS_CHAT = re.compile(r"^Respond with the corresponding output fields, starting with the field .*$", re.MULTILINE)
 _ASKS_JSON = re.compile(r"^Respond with a JSON object in the following order of fields: .*$", re.MULTILINE)
 _QUOTED = re.compile(r"`(\w+)`")
+_ALLOWS_NULL = re.compile(
+    r"` \(must be formatted as a valid Python (?:(?:Union|Optional|Literal)\[[^`]*None|Any)[^`]*$"
+)
 _DIGIT = re.compile(r"\d")
 _LONGEST_VALUE = 60  # characters of what may be a number or a formula
 
@@ -52,11 +55,17 @@ class FieldView:
 
 
 class JSONView:
-    """`StepView` of answers that are one JSON object: all fields must be there, the last one is the answer."""
+    """`StepView` of answers that are one JSON object: all fields must be there, the last one is the answer.
 
-    def __init__(self, fields: Sequence[str]) -> None:
+    Args:
+        fields: The fields.
+        may_be_null: Whether null is an answer.
+    """
+
+    def __init__(self, fields: Sequence[str], may_be_null: bool = False) -> None:
         """See the class."""
         self._fields = tuple(fields)
+        self._may_be_null = may_be_null
 
     def answer(self, problem: str, text: str) -> str | None:
         """The last field as text, None where the text is no such object."""
@@ -67,7 +76,8 @@ class JSONView:
             return None
         if not isinstance(found, dict) or any(field not in found for field in self._fields):
             return None
-        return to_answer(found[self._fields[-1]])
+        value = found[self._fields[-1]]
+        return None if value is None and not self._may_be_null else to_answer(value)
 
     def same(self, left: str, right: str) -> bool:
         """See `same_value`."""
@@ -109,24 +119,28 @@ class ParsedView:
 
 
 class PlainScorer:
-    """A verifier that reads problem and steps without markup.
+    """A `BatchScorer` that shows another one problem and steps without markup.
 
     Args:
         scorer: The verifier; a step of which nothing but markup is there shows it the steps before.
         problem: What it reads as the problem.
     """
 
-    def __init__(self, scorer: Scorer, problem: str) -> None:
+    def __init__(self, scorer: BatchScorer, problem: str) -> None:
         """See the class."""
         self._scorer = scorer
         self._problem = problem
 
     def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> Sequence[float]:
         """One score per path (`BatchScorer`)."""
-        plain = [plain_steps(path) or [""] for path in paths]
-        if isinstance(self._scorer, BatchScorer):
-            return self._scorer.score_many(self._problem, plain)
-        return [self._scorer(self._problem, steps) for steps in plain]
+        return self._scorer.score_many(self._problem, [_shown(path) for path in paths])
+
+
+def plain_scorer(scorer: Scorer, problem: str) -> Scorer:
+    """A verifier that reads problem and steps without markup, of the same kind: paths of a function fail one by one."""
+    if isinstance(scorer, BatchScorer):
+        return PlainScorer(scorer, problem)
+    return lambda _, steps: scorer(problem, _shown(steps))
 
 
 def infer_view(messages: Sequence[Message]) -> StepView | None:
@@ -143,7 +157,7 @@ def infer_view(messages: Sequence[Message]) -> StepView | None:
         return FieldView(fields) if fields else None
     if found := _ASKS_JSON.search(asked):
         fields = _QUOTED.findall(found[0])
-        return JSONView(fields) if fields else None
+        return JSONView(fields, _ALLOWS_NULL.search(found[0]) is not None) if fields else None
     return None
 
 
@@ -213,11 +227,35 @@ def same_value(left: str, right: str) -> bool:
 
 
 def to_answer(value: Any) -> str | None:
-    """A field's value as the text that votes compare; nothing is no answer."""
-    if value is None or isinstance(value, str):
-        return value.strip() or None if value else None
-    dumped = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-    return json.dumps(dumped, sort_keys=True, default=str)
+    """A field's value as the text that votes compare: equal values give the same, a text without a word gives None.
+
+    Example:
+        >>> to_answer({"b": {3, 1}, "a": None}), to_answer(None), to_answer(" ")
+        ('{"a": null, "b": [1, 3]}', 'null', None)
+    """
+    if isinstance(value, str):
+        return value.strip() or None
+    return _dump(value)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(_ordered(value), sort_keys=True, default=str)
+
+
+def _ordered(value: Any) -> Any:
+    """A value whose JSON does not depend on the order of sets, with text for keys."""
+    if hasattr(value, "model_dump"):
+        return _ordered(value.model_dump())
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else _dump(key): _ordered(one) for key, one in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_ordered, value), key=_dump)
+    return [_ordered(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(steps: Sequence[str]) -> list[str]:
+    """What a verifier reads of a path: one step at least."""
+    return plain_steps(steps) or [""]
 
 
 def _last_user(messages: Sequence[Message]) -> str:
