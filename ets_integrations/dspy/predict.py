@@ -28,7 +28,7 @@ class ETSPredict(dspy.Predict):
     Leaves that do not parse into the signature's fields are dropped. Answers are told apart, and voted on, by the last
     output field, as in `dspy.majority`; the other fields are those of the best leaf that gave it. `pred.completions`
     holds the distinct answers, best first, and `pred._ets` the figures of the search. With an LM that is no ETSLM, the
-    best of `n_candidates` samples answers.
+    best of `n_candidates` samples answers, or of `width` samples where that alone is said.
 
     Args:
         signature: As in `dspy.Predict`.
@@ -147,7 +147,10 @@ class ETSPredict(dspy.Predict):
 
     def _plan(self, kwargs: dict[str, Any]) -> Plan | None:
         """Everything about one call that is known before an LM is asked; None for an adapter of another kind."""
+        given = {**self.config, **kwargs.get("config", {})}
         lm, config, signature, demos, inputs = self._forward_preprocess(**kwargs)
+        config.pop("temperature", None)  # DSPy sets one where it is to ask `n` times
+        config |= given
         adapter = dspy.settings.adapter or dspy.ChatAdapter()
         if not isinstance(resolve_adapter(lm, adapter, signature, self.fields, self.signature), dspy.Adapter):
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -16,17 +16,27 @@ from ets_engine.config import SearchConfig
 from ets_integrations.dspy.plan import Plan
 from ets_integrations.dspy.view import to_answer
 
+_PER_SAMPLE = ("temperature", "rollout_id")
+_COUNTS = ("n", "num_generations")  # of completions, not of samples
 _LOGGER = logging.getLogger(__name__)
 
 
 def _samples(plan: Plan) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """LMs that give one sample each, and what they are asked with."""
+    """LMs that give one sample each, and what they are asked with; calls of other rollout ids get other samples."""
     _say_once(plan.lm.model)
-    count = plan.predict.settings.get("n_candidates", SearchConfig().n_candidates)
-    start = plan.config.pop("rollout_id", None) or getattr(plan.lm, "kwargs", {}).get("rollout_id") or 0
-    temperature = plan.config.pop("temperature", None) or 1.0
-    for place in range(count):
-        yield plan.lm.copy(rollout_id=start + place, temperature=temperature), dict(plan.config)
+    settings = plan.predict.settings
+    count = settings.get("n_candidates") or settings.get("width") or SearchConfig().n_candidates
+    asked = {"temperature": 1.0, **_given(getattr(plan.lm, "kwargs", {})), **_given(settings), **_given(plan.config)}
+    start = count * asked.get("rollout_id", 0)
+    rollouts = range(start, start + count) if asked["temperature"] else [None]  # at 0 all samples are the same
+    config = {name: value for name, value in plan.config.items() if name not in (*_PER_SAMPLE, *_COUNTS)}
+    for rollout_id in rollouts:
+        yield plan.lm.copy(rollout_id=rollout_id, temperature=asked["temperature"], n=None), dict(config)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of a single sample."""
+    return {name: settings[name] for name in _PER_SAMPLE if settings.get(name) is not None}
 
 
 def sample(plan: Plan) -> tuple[list[str], list[dict[str, Any]], None]:
