@@ -5,11 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ets_engine.protocols import Cancel, OnEvent, StepView
 from ets_engine.scorers import Scorer
+from ets_engine.types import SearchResult
+
+
+class Caching(int):
+    """DSPy's `cache` of one call; DSPy looks at it before the call, and again before it stores the answer.
+
+    Example:
+        >>> caching = Caching(True)
+        >>> bool(caching), caching.stop(), bool(caching)
+        (True, None, False)
+    """
+
+    _is_stopped = False
+
+    def __bool__(self) -> bool:
+        """Whether there is a cache, and the answer may go there."""
+        return self != 0 and not self._is_stopped
+
+    def stop(self) -> None:
+        """Keep the answer of this call out of the cache."""
+        self._is_stopped = True
 
 
 @dataclass
@@ -18,7 +39,7 @@ class Call:
 
     Attributes:
         rollout_id: DSPy's number of the sample, None = not given.
-        is_cached: Whether DSPy takes the answer of an equal call for this one's.
+        cache: Whether DSPy takes the answer of an equal call for this one's, and this one's for the next.
         verifier: Judges this call's steps instead of the LM's verifier.
         verifier_name: Tells it from others, None = nothing does.
         view: How texts map to answers, None = what the messages say.
@@ -29,7 +50,7 @@ class Call:
     """
 
     rollout_id: int | None = None
-    is_cached: bool = False
+    cache: Caching = field(default_factory=Caching)
     verifier: Scorer | None = None
     verifier_name: str | None = None
     view: StepView | None = None
@@ -37,6 +58,12 @@ class Call:
     cancel: Cancel | None = None
     status: Any = None
     num_answered: int = 0
+
+    def count(self, result: SearchResult) -> None:
+        """Say that a request was answered; what its deadline cut off is no answer for the next call."""
+        self.num_answered += 1
+        if result.finish_reason == "deadline":
+            self.cache.stop()
 
 
 _CALL: ContextVar[Call | None] = ContextVar("ets_dspy_call", default=None)

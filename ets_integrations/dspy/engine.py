@@ -73,7 +73,7 @@ class SearchEngine(_Engine):
             with closing(self._follow(question, call)) as items:
                 for item in items:
                     if isinstance(item, SearchResult):
-                        call.num_answered += 1
+                        call.count(item)
                         return to_response(request.model, item, question.toolbox)
                     _send(call.status, item)
         raise AssertionError("a search ends with a result")
@@ -91,7 +91,7 @@ class SearchEngine(_Engine):
             with closing(self._follow(question, call)) as items:
                 for item in items:
                     if isinstance(item, SearchResult):
-                        call.num_answered += 1
+                        call.count(item)
                         yield from stream_rest(item, question.toolbox, sent)
                         return
                     _send(status, item)
@@ -131,7 +131,7 @@ class AsyncSearchEngine(_Engine):
             async with aclosing(self._follow(question, call)) as items:
                 async for item in items:
                     if isinstance(item, SearchResult):
-                        call.num_answered += 1
+                        call.count(item)
                         return to_response(request.model, item, question.toolbox)
                     await _asend(call.status, item)
         raise AssertionError("a search ends with a result")
@@ -149,7 +149,7 @@ class AsyncSearchEngine(_Engine):
             async with aclosing(self._follow(question, call)) as items:
                 async for item in items:
                     if isinstance(item, SearchResult):
-                        call.num_answered += 1
+                        call.count(item)
                         for event in stream_rest(item, question.toolbox, sent):
                             yield event
                         return

@@ -14,8 +14,9 @@ from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
 from ets_engine.protocols import SearchService
 from ets_engine.scorers import Scorer
-from ets_integrations.dspy.calls import calling
+from ets_integrations.dspy.calls import Caching, calling
 from ets_integrations.dspy.engine import AsyncSearchEngine, SearchEngine
+from ets_integrations.dspy.request import SETTINGS, refuse_search_settings
 from ets_integrations.dspy.source import ServiceSource
 from ets_integrations.settings import resolve_config
 
@@ -75,6 +76,7 @@ class ETSLM(dspy.LM):
             raise ConfigError(
                 f"verifier={verifier!r}: service={service!r:.60} has its own; pass a function, or a model"
             )
+        refuse_search_settings(kwargs)
         source = ServiceSource(model.removeprefix(PREFIX), verifier, service)
         own = {one: kwargs[one] for one in ("temperature", "max_tokens") if kwargs.get(one) is not None}
         settings = dump_search(search, effort=effort or reasoning_effort, seed=seed, **own)
@@ -103,16 +105,32 @@ class ETSLM(dspy.LM):
             >>> predict = dspy.Predict("question -> answer", **lm.search(width=4))
         """
         ets = self.complete_search({"search": override(effort, changes)})
-        return {"metadata": {**self._metadata, "ets": ets}}
+        own = {name: ets["search"][name] for name in (*SETTINGS, "stop") if name in changes}
+        return {"metadata": {**self._metadata, "ets": ets}, **own}
+
+    def copy(
+        self, *, search: SearchConfig | Mapping[str, Any] | None = None, effort: str | None = None, **kwargs: Any
+    ) -> ETSLM:
+        """As `dspy.LM`; `search` and `effort` change some of the search settings.
+
+        Raises:
+            ConfigError: A setting is unknown or out of range.
+        """
+        refuse_search_settings(kwargs)
+        copied = super().copy(**kwargs)
+        if search is not None or effort is not None:
+            copied.kwargs |= copied.search(effort=effort, **said(search))
+        return copied
 
     def complete_search(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What `metadata["ets"]` of a request says: this LM's, but for what is given.
+        """What `metadata["ets"]` of a request says: this LM's settings but for those that are given, and its models.
 
         Raises:
             ConfigError: A setting is unknown or out of range.
         """
         own = self._metadata.get("ets", self._ets)
-        return {**own, **given, "search": dump_search({**own["search"], **given.get("search", {})})}
+        models = {"model": self.source.name, "verifier": self.source.verifier_name}
+        return {**given, **models, "search": dump_search({**own["search"], **given.get("search", {})})}
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """As `dspy.LM`."""
@@ -127,6 +145,7 @@ class ETSLM(dspy.LM):
     @contextmanager
     def _calling(self, prompt: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
         """Complete a call's settings, and let the engine know what DSPy does not tell it."""
+        refuse_search_settings(kwargs)
         if isinstance(prompt, lm15.Request):
             prompt = self._complete_request(prompt)
         elif isinstance(kwargs.get("request"), lm15.Request):
@@ -134,10 +153,11 @@ class ETSLM(dspy.LM):
         else:
             metadata = kwargs.get("metadata") or self._metadata
             kwargs["metadata"] = {**metadata, "ets": self.complete_search(metadata.get("ets", {}))}
-        if self.source.has_nameless_verifier:
-            kwargs["cache"] = False
+        is_wanted = kwargs.get("cache", self.cache) and self._cache_responses
+        has_cache = dspy.cache.enable_memory_cache or dspy.cache.enable_disk_cache
+        kwargs["cache"] = Caching(bool(is_wanted and has_cache))
         rollout_id = kwargs.get("rollout_id", self.kwargs.get("rollout_id"))
-        with calling(rollout_id=rollout_id, is_cached=bool(kwargs.get("cache", self.cache))):
+        with calling(rollout_id=rollout_id, cache=kwargs["cache"]):
             yield prompt
 
     def _complete_request(self, request: lm15.Request) -> lm15.Request:
@@ -150,6 +170,11 @@ class ETSLM(dspy.LM):
     @property
     def _metadata(self) -> dict[str, Any]:
         return self.kwargs.get("metadata") or {}  # a copy may have been given other metadata, or none
+
+    @property
+    def _cache_responses(self) -> bool:
+        """Whether DSPy may cache at all, which it asks at every door."""
+        return not self.source.has_nameless_verifier
 
     @property
     def source(self) -> ServiceSource:
@@ -195,12 +220,22 @@ def dump_search(
         >>> dump_search({"width": 8})["seed"], dump_search({"width": 8, "seed": 3})["seed"]
         (None, 3)
     """
-    given = search.model_dump(exclude_unset=True) if isinstance(search, SearchConfig) else dict(search or {})
+    given = said(search)
     if given.get("seed", 0) is None:
         del given["seed"]
     config = resolve_config(given, effort=effort, **changes)
     seed = config.seed if "seed" in config.model_fields_set else None
     return {**config.model_dump(mode="json"), "seed": seed}
+
+
+def said(search: SearchConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that are said.
+
+    Example:
+        >>> said(SearchConfig(width=8))
+        {'width': 8}
+    """
+    return search.model_dump(exclude_unset=True) if isinstance(search, SearchConfig) else dict(search or {})
 
 
 def override(effort: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dspy.utils.exceptions import AdapterParseError
 from ets_engine.answers import MathView, ReferenceView
 from ets_engine.errors import ReferenceDomainError
 from ets_engine.protocols import StepView
+from ets_integrations.settings import verifier_name
 
 _PROBLEM: ContextVar[str] = ContextVar("ets_dspy_problem", default="")  # what this context formatted last
 
@@ -24,7 +25,8 @@ class PlainAdapter(dspy.Adapter):
 
     Args:
         field: The input field that is the question, None = the signature's only one. The others are not rendered.
-        view: How solutions map to answers, None = as the shipped problem families or mathematics do.
+        view: How solutions map to answers, None = as the shipped problem families or mathematics do. An ETSPredict
+            caches no search with one that `verifier_name` cannot name: give it a text `id`.
 
     Example:
         >>> adapter = PlainAdapter()
@@ -94,6 +96,11 @@ class PlainAdapter(dspy.Adapter):
             raise AdapterParseError(
                 adapter_name=type(self).__name__, signature=signature, lm_response=completion, message=str(error)
             ) from error
+
+    @property
+    def view_name(self) -> str | None:
+        """What tells the view that was given from others, "" where none was, None where nothing does."""
+        return "" if self._view is None else verifier_name(self._view)
 
     def view_for(self, problem: str) -> StepView:
         """How solutions of this problem map to answers."""

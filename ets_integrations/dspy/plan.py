@@ -19,6 +19,7 @@ from ets_engine.types import SearchEvent
 from ets_integrations.dspy.calls import calling
 from ets_integrations.dspy.plain import PlainAdapter
 from ets_integrations.dspy.report import SearchReport
+from ets_integrations.dspy.request import SETTINGS
 from ets_integrations.dspy.response import read_turn
 from ets_integrations.dspy.reward import Rewards, RewardScorer
 from ets_integrations.dspy.view import ParsedView, same_value
@@ -52,7 +53,14 @@ class Plan:
     def toolbox(self) -> Toolbox | None:
         """The tools that the LM may call by itself."""
         tools = self.config.get("tools")
-        return Toolbox(tuple(tools)) if tools else None
+        max_calls = 1 if self.config.get("parallel_tool_calls") is False else None
+        return Toolbox(tuple(tools), max_calls=max_calls) if tools else None
+
+    @property
+    def num_shown(self) -> int | None:
+        """How many completions are wanted, None = every answer."""
+        n = self.config.get("n")
+        return n if isinstance(n, int) and n > 1 else None
 
     @cached_property
     def rewards(self) -> Rewards | None:
@@ -69,14 +77,16 @@ class Plan:
     @contextmanager
     def asking(self) -> Iterator[tuple[lm15.Request, dict[str, Any]]]:
         """The request, how DSPy is to treat it, and meanwhile what travels beside it and where progress is told."""
-        asked = {**self.lm.kwargs, **self.config}
+        settings = self.predict.settings
+        own = {name: settings[name] for name in (*SETTINGS, "stop") if name in settings}
+        asked = {**self.lm.kwargs, **own, **self.config}
         options = {name: asked[name] for name in ("rollout_id", "cache") if asked.get(name) is not None}
         scorer = self._scorer()
         view = self._view()
         body = {name: value for name, value in asked.items() if name not in _CONTROLS and value is not None}
         body["metadata"] = {**(asked.get("metadata") or {}), "ets": self._ets(scorer, view)}
         request = lm15.request_from_openai_chat({**body, "model": self.lm.model, "messages": self.messages})
-        if scorer is not None and self.predict.verifier_name is None:
+        if (scorer is not None and self.predict.verifier_name is None) or self._plain_view is None:
             options["cache"] = False
 
         def stop_when_solved(event: SearchEvent) -> None:
@@ -157,17 +167,25 @@ class Plan:
     def _ets(self, scorer: RewardScorer | None, view: ParsedView | None) -> dict[str, Any]:
         """What the request says of the search: the call's own settings before the predictor's before the LM's."""
         called = (self.config.get("metadata") or {}).get("ets")
-        ets = dict(called or {"search": self.predict.settings})
-        if called is None:
-            ets["search"] = self._for_rewards(self.predict.settings)
-        if isinstance(n := self.config.get("n"), int) and n > 1:
-            ets["search"] = {**ets.get("search", {}), "n_candidates": n}
+        ets, search = dict(called or {}), self.predict.settings
+        if called is not None:  # all of them, of which some are the call's
+            own = self.lm.complete_search({})["search"]
+            search = {name: one for name, one in called.get("search", {}).items() if one != own.get(name)}
+        shown = {"n_candidates": self.num_shown} if self.num_shown is not None and self.rewards is None else {}
+        ets["search"] = {**self._for_rewards(search), **shown}
         if scorer is not None:
-            ets["verifier"] = self.predict.verifier_name
+            ets["reward"] = self.predict.verifier_name
         if view is not None:
+            kind = type(self.adapter)
             fields = {name: str(one.annotation) for name, one in self.rendered.output_fields.items()}
-            ets["view"] = {"adapter": type(self.adapter).__qualname__, "fields": fields}
+            ets["view"] = {"adapter": f"{kind.__module__}.{kind.__qualname__}", "fields": fields}
+            ets["view"]["reads"] = id(self.adapter) if self._plain_view is None else self._plain_view
         return self.lm.complete_search(ets)
+
+    @property
+    def _plain_view(self) -> str | None:
+        """What tells the adapter's own view from others, None where nothing does."""
+        return self.adapter.view_name if isinstance(self.adapter, PlainAdapter) else ""
 
     def _for_rewards(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Settings under which no answer is missing when rewards are to choose among them."""

@@ -11,10 +11,10 @@ from dspy.adapters.decision import resolve_adapter
 
 from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
-from ets_integrations.dspy.lm import ETSLM, dump_search, override
+from ets_integrations.dspy.lm import ETSLM, dump_search, override, said
 from ets_integrations.dspy.plan import Plan
 from ets_integrations.dspy.report import SearchReport
-from ets_integrations.dspy.request import SETTINGS
+from ets_integrations.dspy.request import is_search_setting, refuse_search_settings
 from ets_integrations.dspy.reward import RewardFn, Rewards, StepRewardFn
 from ets_integrations.dspy.samples import asample, sample
 from ets_integrations.settings import verifier_name
@@ -69,8 +69,7 @@ class ETSPredict(dspy.Predict):
             raise ConfigError(f"reward={reward!r}: choose rerank or search")
         if reward_fn is None and (reward == "search" or threshold is not None):
             raise ConfigError(f"{reward=}, {threshold=}: they need a reward_fn")
-        given = search.model_dump(exclude_unset=True) if isinstance(search, SearchConfig) else dict(search or {})
-        given |= {name: config.pop(name) for name in list(config) if _is_search_setting(name)}
+        given = said(search) | {name: config.pop(name) for name in list(config) if is_search_setting(name)}
         super().__init__(signature, callbacks, **config)
         self.settings = {**override(effort, {}), **given}
         dump_search(self.settings)  # refuses a bad one now
@@ -127,8 +126,8 @@ class ETSPredict(dspy.Predict):
         search = dict(self.settings)
         if "stop" in search:
             search["stop"] = list(search["stop"])
-        own = {"search": search, "threshold": self.threshold, "reward": self.reward}
-        return {**super().dump_state(json_mode), "ets": own}
+        reward = {} if self._reward_fn is None else {"threshold": self.threshold, "reward": self.reward}
+        return {**super().dump_state(json_mode), "ets": {"search": search, **reward}}
 
     def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> ETSPredict:
         """As `dspy.Predict`; the reward functions stay those that this predictor was made with.
@@ -141,13 +140,15 @@ class ETSPredict(dspy.Predict):
         super().load_state(state, allow_unsafe_lm_state=allow_unsafe_lm_state)
         if own is not None:
             dump_search(own["search"])
-            self.settings, self.threshold = dict(own["search"]), own["threshold"]
-            self.reward = own["reward"] if self._reward_fn is not None else "rerank"
+            self.settings = dict(own["search"])
+            if self._reward_fn is not None:
+                self.threshold, self.reward = own.get("threshold", self.threshold), own.get("reward", self.reward)
         return self
 
     def _plan(self, kwargs: dict[str, Any]) -> Plan | None:
         """Everything about one call that is known before an LM is asked; None for an adapter of another kind."""
         given = {**self.config, **kwargs.get("config", {})}
+        refuse_search_settings(given)
         lm, config, signature, demos, inputs = self._forward_preprocess(**kwargs)
         config.pop("temperature", None)  # DSPy sets one where it is to ask `n` times
         config |= given
@@ -167,9 +168,9 @@ class ETSPredict(dspy.Predict):
         if plan.rewards is not None:
             order, rewards = _rank(plan.rewards, texts)
             values = [values[place] for place in order]
-        pred = self._forward_postprocess(values, plan.signature, **plan.inputs)
+        pred = self._forward_postprocess(values[: plan.num_shown], plan.signature, **plan.inputs)
         if report is not None:
-            pred._ets = report.model_copy(update={"rewards": tuple(rewards)})
+            pred._ets = report.model_copy(update={"rewards": tuple(rewards[: plan.num_shown])})
         return pred
 
 
@@ -190,7 +191,3 @@ def _rank(rewards: Rewards, texts: list[str]) -> tuple[list[int], list[float]]:
         raise rewards.error
     order = sorted(judged, key=lambda place: -judged[place])
     return [*order, *(place for place in range(len(texts)) if place not in judged)], [judged[place] for place in order]
-
-
-def _is_search_setting(name: str) -> bool:
-    return name in SearchConfig.model_fields and name not in (*SETTINGS, "stop")

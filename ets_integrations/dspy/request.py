@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +22,25 @@ from ets_integrations.settings import WIDTHS, fresh_seed
 
 SETTINGS = ("temperature", "max_tokens", "top_p", "top_k", "seed")
 """What DSPy's own parameters say; it goes before the search settings of the same names."""
+
+
+def is_search_setting(name: str) -> bool:
+    """Whether a search has such a setting, and DSPy's own parameters do not say it."""
+    return name in SearchConfig.model_fields and name not in (*SETTINGS, "stop")
+
+
+def refuse_search_settings(names: Iterable[str]) -> None:
+    """Refuse what DSPy would hand to a model as a parameter of its own.
+
+    Raises:
+        ConfigError: A search setting is among these names.
+    """
+    stray = sorted(filter(is_search_setting, names))
+    if stray:
+        raise ConfigError(
+            f"{', '.join(stray)}: an ETSLM takes search={{...}}, a call or a module **lm.search({stray[0]}=...)"
+        )
+
 
 _HONOURED = {*SETTINGS, "stop", "tool_choice", "reasoning", "cache", "extensions"}
 _SEEDS = 2**63
@@ -166,8 +185,9 @@ def _toolbox(request: lm15.Request) -> Toolbox | None:
         function = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters}
         tools.append({"type": "function", "function": function})
     choice = request.config.tool_choice
+    max_calls = 1 if choice is not None and choice.parallel is False else None
     if choice is None or choice.mode == "auto":
-        return Toolbox(tuple(tools))
+        return Toolbox(tuple(tools), max_calls=max_calls)
     if choice.mode == "none":
         return Toolbox(tuple(tools), "none")
     if len(choice.allowed) > 1:
@@ -175,7 +195,7 @@ def _toolbox(request: lm15.Request) -> Toolbox | None:
             f"tool_choice among {list(choice.allowed)}: name one tool, or pass only those",
             feature="tool_choice.allowed",
         )
-    return Toolbox(tuple(tools), choice.allowed[0] if choice.allowed else "any")
+    return Toolbox(tuple(tools), choice.allowed[0] if choice.allowed else "any", max_calls)
 
 
 def _refuse(config: lm15.Config) -> None:
@@ -198,14 +218,14 @@ def _key(
     call: Call,
 ) -> str | None:
     is_seeded = settings.get("seed") is not None
-    if not (is_seeded or call.is_cached):
+    if not (is_seeded or call.cache):
         return None
     verifier = call.verifier or source.scorer
     named = call.verifier_name if call.verifier is not None else source.verifier_name
     asked = {
         "messages": messages,
         "settings": settings,
-        "tools": None if toolbox is None else [toolbox.tools, toolbox.choice],
+        "tools": None if toolbox is None else [toolbox.tools, toolbox.choice, toolbox.max_calls],
         "ets": ets,
         "sample": [call.rollout_id, call.num_answered],
         "verifier": None if verifier is None else named or id(verifier),

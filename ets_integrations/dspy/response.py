@@ -21,7 +21,7 @@ def to_response(model: str, result: SearchResult, toolbox: Toolbox | None) -> lm
     """The winner as one assistant turn; its tool calls are parts, and nobody has called them.
 
     Raises:
-        lm15.ProviderError: Every branch failed.
+        lm15.ProviderError: Every branch failed, or none had written anything at the deadline.
     """
     turn = read_turn(result.text, toolbox)
     return lm15.Response(
@@ -43,7 +43,7 @@ def stream_rest(result: SearchResult, toolbox: Toolbox | None, sent: str) -> Ite
         sent: What was streamed already.
 
     Raises:
-        lm15.ProviderError: Every branch failed, or what was streamed is no part of the answer.
+        lm15.ProviderError: As `to_response`, or what was streamed is no part of the answer.
     """
     turn = read_turn(result.text, toolbox)
     reason = _finish_reason(result, turn)
@@ -109,6 +109,8 @@ def _finish_reason(result: SearchResult, turn: Turn) -> Any:
             f"all {result.num_errors} branches failed: the model's or the verifier's function raised on each; the log "
             "has the first error of a verifier"
         )
+    if result.finish_reason == "deadline" and not result.text.strip():
+        raise lm15.ProviderError("deadline_s passed before a branch had written anything: give the search more time")
     if turn.calls:
         return "tool_call"
     return "stop" if result.answer is not None or result.finish_reason == "no_answer" else "length"

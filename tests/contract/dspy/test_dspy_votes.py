@@ -17,7 +17,7 @@ SMALL = {"width": 4, "strategy": "best_of_n", "vote": "majority"}
 
 def test_nothing_is_an_answer_where_the_type_allows_it(chat: Any) -> None:
     with dspy.context(lm=ETSLM(service=chat.answering("None", "None", "5", "None"))):
-        pred = ETSReasoner(dspy.Signature("question -> answer: Optional[int]"), **SMALL)(**QUESTION)
+        pred = ETSReasoner("question -> answer: Optional[int]", **SMALL)(**QUESTION)
     assert pred.completions.answer == [None, 5]
 
 
