@@ -137,12 +137,16 @@ class Plan:
                 {"id": f"call_{uuid4().hex[:24]}", "function": {"name": one.name, "arguments": one.arguments}}
                 for one in turn.calls
             ]
+        return self._read_output(output)
+
+    def _read_output(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The output fields of what an LM of DSPy's would return."""
         return self.adapter._call_postprocess(self.rendered, self.signature, [output], self.lm, self.config)[0]
 
     def _prediction(self, text: str) -> dspy.Prediction | None:
         try:
             return dspy.Prediction.from_completions([self._parse(text)], signature=self.signature)
-        except AdapterParseError:
+        except Exception:  # of a half-written answer an adapter may raise anything
             return None
 
     def _view(self) -> ParsedView | None:

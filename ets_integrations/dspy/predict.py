@@ -17,6 +17,7 @@ from ets_integrations.dspy.report import SearchReport
 from ets_integrations.dspy.request import is_search_setting, refuse_search_settings
 from ets_integrations.dspy.reward import RewardFn, Rewards, StepRewardFn
 from ets_integrations.dspy.samples import asample, sample
+from ets_integrations.dspy.wrapped import WrappedPlan, is_wrapped
 from ets_integrations.settings import verifier_name
 
 RewardMode = Literal["rerank", "search"]
@@ -146,7 +147,7 @@ class ETSPredict(dspy.Predict):
         return self
 
     def _plan(self, kwargs: dict[str, Any]) -> Plan | None:
-        """Everything about one call that is known before an LM is asked; None for an adapter of another kind."""
+        """What is known about one call before an LM is asked; None for an adapter that is to answer by itself."""
         given = {**self.config, **kwargs.get("config", {})}
         refuse_search_settings(given)
         lm, config, signature, demos, inputs = self._forward_preprocess(**kwargs)
@@ -157,6 +158,9 @@ class ETSPredict(dspy.Predict):
             return None
         if not isinstance(lm, ETSLM):
             return Plan(self, lm, adapter, signature, signature, demos, inputs, config)
+        if is_wrapped(adapter):
+            plan = WrappedPlan(self, lm, adapter, signature, signature, demos, inputs, config)
+            return plan if plan.listen() else None
         rendered = adapter._call_preprocess(lm, config, signature, inputs)
         return Plan(self, lm, adapter, signature, rendered, demos, inputs, config)
 
