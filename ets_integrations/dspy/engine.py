@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, closing, suppress
+from functools import cache
 from typing import Any, Self
 
 import anyio
@@ -22,8 +24,8 @@ from ets_integrations.dspy.errors import dspy_errors
 from ets_integrations.dspy.request import Question, read_request
 from ets_integrations.dspy.response import progress_text, stream_rest, stream_text, to_response
 from ets_integrations.dspy.source import ServiceSource
-from ets_integrations.dspy.view import plain_step
 
+_LOGGER = logging.getLogger(__name__)
 _END = object()  # the search is through
 
 
@@ -73,7 +75,7 @@ class SearchEngine(_Engine):
             with closing(self._follow(question, call)) as items:
                 for item in items:
                     if isinstance(item, SearchResult):
-                        call.count(item)
+                        _count(item, question, call)
                         return to_response(request.model, item, question.toolbox)
                     _send(call.status, item)
         raise AssertionError("a search ends with a result")
@@ -91,7 +93,7 @@ class SearchEngine(_Engine):
             with closing(self._follow(question, call)) as items:
                 for item in items:
                     if isinstance(item, SearchResult):
-                        call.count(item)
+                        _count(item, question, call)
                         yield from stream_rest(item, question.toolbox, sent)
                         return
                     _send(status, item)
@@ -131,7 +133,7 @@ class AsyncSearchEngine(_Engine):
             async with aclosing(self._follow(question, call)) as items:
                 async for item in items:
                     if isinstance(item, SearchResult):
-                        call.count(item)
+                        _count(item, question, call)
                         return to_response(request.model, item, question.toolbox)
                     await _asend(call.status, item)
         raise AssertionError("a search ends with a result")
@@ -149,7 +151,7 @@ class AsyncSearchEngine(_Engine):
             async with aclosing(self._follow(question, call)) as items:
                 async for item in items:
                     if isinstance(item, SearchResult):
-                        call.count(item)
+                        _count(item, question, call)
                         for event in stream_rest(item, question.toolbox, sent):
                             yield event
                         return
@@ -202,12 +204,27 @@ def _join(
                 tools=question.toolbox.tools if question.toolbox else (),
                 tool_choice=question.toolbox.choice if question.toolbox else "auto",
                 problem_text=question.problem,
-                read_step=plain_step if question.is_marked else None,
+                read_step=question.read_step,
                 on_event=tell,
                 cancel=cancel,
             )
 
     return source.flights.join(question.key, start, on_event=put, cancel=call.cancel)
+
+
+def _count(result: SearchResult, question: Question, call: Call) -> None:
+    """Say that a question was answered, and once that its answers could not vote."""
+    call.count(result)
+    if question.view is None and result.finish_reason == "no_answer" and result.width > 1:
+        _say_once()
+
+
+@cache
+def _say_once() -> None:
+    _LOGGER.warning(
+        "no branch states an answer that could be read, so nobody voted and the best score decided: ask through an "
+        "adapter that marks the fields of an answer, as dspy.ChatAdapter, JSONAdapter and XMLAdapter do"
+    )
 
 
 def _committed(event: SearchEvent, question: Question, sent: str) -> str:

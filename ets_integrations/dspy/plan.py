@@ -22,7 +22,7 @@ from ets_integrations.dspy.report import SearchReport
 from ets_integrations.dspy.request import SETTINGS
 from ets_integrations.dspy.response import read_turn
 from ets_integrations.dspy.reward import Rewards, RewardScorer
-from ets_integrations.dspy.view import ParsedView, same_value
+from ets_integrations.dspy.view import ParsedView, plain_step, same_value, step_reader
 
 if TYPE_CHECKING:
     from ets_integrations.dspy.predict import ETSPredict
@@ -166,7 +166,8 @@ class Plan:
         rewards = self.rewards if self.searches_for_reward else None
         if rewards is None and self.predict._step_reward_fn is None:
             return None
-        return RewardScorer(self.predict._step_reward_fn, self.inputs, rewards)
+        read_step = step_reader(self.messages) or plain_step
+        return RewardScorer(self.predict._step_reward_fn, self.inputs, rewards, read_step)
 
     def _ets(self, scorer: RewardScorer | None, view: ParsedView | None) -> dict[str, Any]:
         """What the request says of the search: the call's own settings before the predictor's before the LM's."""

@@ -17,7 +17,16 @@ from ets_engine.scorers import Scorer
 from ets_engine.tool_calls import Toolbox, ToolView
 from ets_integrations.dspy.calls import Call
 from ets_integrations.dspy.source import ServiceSource
-from ets_integrations.dspy.view import COMPLETED, infer_view, is_marked, plain_problem, plain_scorer
+from ets_integrations.dspy.view import (
+    COMPLETED,
+    StepReader,
+    infer_view,
+    is_marked,
+    plain_problem,
+    plain_scorer,
+    plain_step,
+    step_reader,
+)
 from ets_integrations.settings import WIDTHS, fresh_seed
 
 SETTINGS = ("temperature", "max_tokens", "top_p", "top_k", "seed")
@@ -57,7 +66,7 @@ class Question:
         view: How texts map to answers, None = the service's own way.
         verifier: Judges instead of the service's own, None = that one.
         problem: What verifiers read as the problem.
-        is_marked: Whether the answer is in `dspy.ChatAdapter`'s markup, which is not for verifiers.
+        read_step: What verifiers read of a step of an answer in markup, None = there is none.
         key: Equal for questions whose callers would take each other's answer; None = nobody would.
     """
 
@@ -67,7 +76,7 @@ class Question:
     view: StepView | None
     verifier: Scorer | None
     problem: str
-    is_marked: bool
+    read_step: StepReader | None
     key: str | None
 
 
@@ -87,15 +96,14 @@ def read_request(request: lm15.Request, source: ServiceSource, call: Call) -> Qu
     messages = read_messages(request)
     ets = dict((request.config.extensions or {}).get("metadata", {}).get("ets", {}))
     settings = _settings(request.config, ets.get("search", {}))
-    marked = is_marked(messages)
-    if marked and COMPLETED not in settings.get("stop", ()):
+    if is_marked(messages) and COMPLETED not in settings.get("stop", ()):
         settings["stop"] = (*settings.get("stop", ()), COMPLETED)
     toolbox = _toolbox(request)
     view = call.view or infer_view(messages)
     if toolbox is not None:
         view = ToolView(toolbox) if view is None else ToolView(toolbox, view.answer, view.same)
-    problem = plain_problem(messages)
-    own = None if source.scorer is None else plain_scorer(source.scorer, problem)
+    problem, read_step = plain_problem(messages), step_reader(messages)
+    own = None if source.scorer is None else plain_scorer(source.scorer, problem, read_step or plain_step)
     key = _key(messages, settings, toolbox, ets, source, call)
     seed, sample = settings.pop("seed", None), (call.rollout_id or 0) + call.num_answered
     seed = fresh_seed() if seed is None else (seed + sample) % _SEEDS  # another sample, the same one each time
@@ -106,7 +114,7 @@ def read_request(request: lm15.Request, source: ServiceSource, call: Call) -> Qu
         view,
         call.verifier or own,
         problem,
-        marked,
+        read_step,
         key,
     )
 

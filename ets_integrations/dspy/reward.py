@@ -14,7 +14,7 @@ from typing import Any
 
 import dspy
 
-from ets_integrations.dspy.view import plain_steps
+from ets_integrations.dspy.view import StepReader, plain_step, plain_steps
 from ets_integrations.settings import verifier_name
 
 RewardFn = Callable[[dict[str, Any], dspy.Prediction], float]
@@ -110,19 +110,21 @@ class RewardScorer:
         step_reward_fn: The user's, None = steps are `UNDECIDED`.
         args: The module's inputs.
         rewards: Of finished answers, None = only steps are judged.
+        read_step: What the user's function reads of a step.
         is_solved: Whether an answer was good enough.
     """
 
     step_reward_fn: StepRewardFn | None
     args: dict[str, Any]
     rewards: Rewards | None = None
+    read_step: StepReader = plain_step
     is_solved: bool = False
 
     def __call__(self, problem: str, steps: Sequence[str]) -> float:
         """Score of the last of these steps."""
         text = "".join(steps)
         worth = UNDECIDED
-        if self.step_reward_fn is not None and (plain := plain_steps(steps)):
+        if self.step_reward_fn is not None and (plain := plain_steps(steps, self.read_step)):
             worth = float(_apart(self.step_reward_fn, self.args, plain))
         reward = None if self.rewards is None else self.rewards.of(text)
         if self.rewards is None or reward is None:

@@ -7,11 +7,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import unescape
 
 from ets_engine.answers import same_answer
 from ets_engine.messages import Message, problem_text
 from ets_engine.protocols import StepView
 from ets_engine.scorers import BatchScorer, Scorer
+
+StepReader = Callable[[str], str]
+"""What a verifier reads of a step's text."""
 
 COMPLETED = "[[ ## completed ## ]]"
 """Ends an answer in `dspy.ChatAdapter`'s markup."""
@@ -19,6 +24,9 @@ COMPLETED = "[[ ## completed ## ]]"
 _MARKER = re.compile(r"\[\[ ## (\w+) ## \]\][ \t]*\n?")
 _ASKS_CHAT = re.compile(r"^Respond with the corresponding output fields, starting with the field .*$", re.MULTILINE)
 _ASKS_JSON = re.compile(r"^Respond with a JSON object in the following order of fields: .*$", re.MULTILINE)
+_ASKS_XML = re.compile(r"^Respond with the corresponding output fields wrapped in XML tags `<.*$", re.MULTILINE)
+_TAG = re.compile(r"`<(\w+)>`")
+_ELEMENT = re.compile(r"^<(\w+)>\n(.*?)\n</\1>$", re.MULTILINE | re.DOTALL)
 _QUOTED = re.compile(r"`(\w+)`")
 _ALLOWS_NULL = re.compile(
     r"` \(must be formatted as a valid Python (?:(?:Union|Optional|Literal)\[[^`]*None|Any)[^`]*$"
@@ -84,6 +92,36 @@ class JSONView:
         return same_value(left, right)
 
 
+class XMLView:
+    r"""`StepView` of answers that are XML elements: all fields must be there, the last one is the answer.
+
+    Example:
+        >>> view = XMLView(("reasoning", "answer"))
+        >>> view.answer("1+1?", "<reasoning>1 and 1.</reasoning>\n\n<answer>\n2\n</answer>")
+        '2'
+        >>> view.answer("1+1?", "<answer>2</answer>") is None
+        True
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        """See the class."""
+        self._fields = tuple(fields)
+
+    def answer(self, problem: str, text: str) -> str | None:
+        """The last field as text, None where a field is missing or the text is no XML."""
+        try:
+            found = {element.tag: element for element in ElementTree.fromstring(f"<fields>{text}</fields>")}
+        except (ElementTree.ParseError, ValueError):
+            return None
+        if any(field not in found for field in self._fields):
+            return None
+        return to_answer(_content(found[self._fields[-1]]))
+
+    def same(self, left: str, right: str) -> bool:
+        """See `same_value`."""
+        return same_value(left, right)
+
+
 class ParsedView:
     """`StepView` that takes what an adapter can parse for an answer, and nothing else.
 
@@ -124,23 +162,25 @@ class PlainScorer:
     Args:
         scorer: The verifier; a step of which nothing but markup is there shows it the steps before.
         problem: What it reads as the problem.
+        read_step: What it reads of a step.
     """
 
-    def __init__(self, scorer: BatchScorer, problem: str) -> None:
+    def __init__(self, scorer: BatchScorer, problem: str, read_step: StepReader) -> None:
         """See the class."""
         self._scorer = scorer
         self._problem = problem
+        self._read_step = read_step
 
     def score_many(self, problem: str, paths: Sequence[Sequence[str]]) -> Sequence[float]:
         """One score per path (`BatchScorer`)."""
-        return self._scorer.score_many(self._problem, [_shown(path) for path in paths])
+        return self._scorer.score_many(self._problem, [_shown(path, self._read_step) for path in paths])
 
 
-def plain_scorer(scorer: Scorer, problem: str) -> Scorer:
+def plain_scorer(scorer: Scorer, problem: str, read_step: StepReader) -> Scorer:
     """A verifier that reads problem and steps without markup, of the same kind: paths of a function fail one by one."""
     if isinstance(scorer, BatchScorer):
-        return PlainScorer(scorer, problem)
-    return lambda _, steps: scorer(problem, _shown(steps))
+        return PlainScorer(scorer, problem, read_step)
+    return lambda _, steps: scorer(problem, _shown(steps, read_step))
 
 
 def infer_view(messages: Sequence[Message]) -> StepView | None:
@@ -158,7 +198,23 @@ def infer_view(messages: Sequence[Message]) -> StepView | None:
     if found := _ASKS_JSON.search(asked):
         fields = _QUOTED.findall(found[0])
         return JSONView(fields, _ALLOWS_NULL.search(found[0]) is not None) if fields else None
+    if found := _ASKS_XML.search(asked):
+        return XMLView(_TAG.findall(found[0]))
     return None
+
+
+def step_reader(messages: Sequence[Message]) -> StepReader | None:
+    r"""What verifiers are to read of a step of an answer to these messages, None = all of it.
+
+    Example:
+        >>> asked = "Respond with the corresponding output fields wrapped in XML tags `<reasoning>`, then `<answer>`."
+        >>> step_reader([{"role": "user", "content": asked}])("<reasoning>\n1 &lt; 2.\n</reasoning>\n\n<answer>")
+        '1 < 2.\n\n'
+    """
+    if found := _ASKS_XML.search(_last_user(messages)):
+        tags = re.compile(rf"</?(?:{'|'.join(_TAG.findall(found[0]))})\s*/?>[ \t]*\n?")
+        return lambda text: unescape(tags.sub("", text))
+    return plain_step if is_marked(messages) else None
 
 
 def is_marked(messages: Sequence[Message]) -> bool:
@@ -175,21 +231,24 @@ def plain_problem(messages: Sequence[Message]) -> str:
         >>> plain_problem([{"role": "user", "content": "[[ ## a ## ]]\n1\n\n[[ ## b ## ]]\n2"}])
         'a: 1\n\nb: 2'
     """
-    asked = _ASKS_JSON.sub("", _ASKS_CHAT.sub("", _last_user(messages)))
-    fields = split_fields(asked)
+    asked = _last_user(messages)
+    if found := _ASKS_XML.search(asked):
+        fields = dict(_ELEMENT.findall(asked[: found.start()]))
+    else:
+        fields = split_fields(_ASKS_JSON.sub("", _ASKS_CHAT.sub("", asked)))
     if not fields:
         return problem_text(messages)
     return next(iter(fields.values())) if len(fields) == 1 else "\n\n".join(f"{k}: {v}" for k, v in fields.items())
 
 
-def plain_steps(steps: Sequence[str]) -> list[str]:
-    r"""The steps without markers; one of which nothing is left is gone.
+def plain_steps(steps: Sequence[str], read_step: StepReader) -> list[str]:
+    r"""The steps without markup; one of which nothing is left is gone.
 
     Example:
-        >>> plain_steps(["[[ ## reasoning ## ]]\n", "1 and 1.\n\n", "[[ ## answer ## ]]\n2"])
+        >>> plain_steps(["[[ ## reasoning ## ]]\n", "1 and 1.\n\n", "[[ ## answer ## ]]\n2"], plain_step)
         ['1 and 1.\n\n', '2']
     """
-    plain = [plain_step(step) for step in steps]
+    plain = map(read_step, steps)
     return [step for step in plain if step.strip()]
 
 
@@ -253,9 +312,15 @@ def _ordered(value: Any) -> Any:
     return [_ordered(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _shown(steps: Sequence[str]) -> list[str]:
+def _content(element: ElementTree.Element) -> Any:
+    """What is in an element: its text, or the elements in it by name, in their order."""
+    inner = [[one.tag, _content(one)] for one in element]
+    return inner or (element.text or "").strip()
+
+
+def _shown(steps: Sequence[str], read_step: StepReader) -> list[str]:
     """What a verifier reads of a path: one step at least."""
-    return plain_steps(steps) or [""]
+    return plain_steps(steps, read_step) or [""]
 
 
 def _last_user(messages: Sequence[Message]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import dspy
 import pytest
+from dspy.utils import DummyLM
 
 from ets_integrations.dspy import ETSLM, ETSReasoner
+from ets_integrations.dspy.engine import _say_once
 from ets_integrations.dspy.view import to_answer
 
 QUESTION = {"question": "What is 20+22?"}
@@ -52,3 +55,72 @@ def test_different_values_are_different_answers() -> None:
     values = [None, "", 0, False, 1.5, [], {}, [1, 2], [2, 1], {"a": 1}, {"a": "1"}]
     answers = [to_answer(value) for value in values]
     assert len(set(answers)) == len(answers) and to_answer("") is None
+
+
+# ---------------------------------------------------------------------- a whole program, through other adapters
+
+
+def tagged(reasoning: str, answer: str) -> str:
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n\n<answer>\n{answer}\n</answer>"
+
+
+def test_words_in_xml_vote(chat: Any) -> None:
+    said = ("Rome", "Paris", " paris ", "Paris")
+    texts = [tagged(f"Way {place}.", said[place]) if place else "<answer>Rome</answer>" for place in range(4)]
+    lm = ETSLM(service=chat.scripted(lambda request, place: texts[place]), search=SMALL)
+    with dspy.context(lm=lm, adapter=dspy.XMLAdapter()):
+        assert dspy.ChainOfThought("question -> answer")(question="Where?").answer.casefold() == "paris"
+    (candidate,) = lm.history[-1]["response"].provider_data["ets"]["candidates"]
+    assert candidate["votes"] == 3
+
+
+def test_nested_xml_votes_by_its_values(chat: Any) -> None:
+    items = ("<item>1 2</item>", "<item>1</item><item>2</item>", "\n<item>1</item>\n<item>2</item>\n", "a < b")
+    texts = [f"<answer>{one}</answer>" for one in items]
+    lm = ETSLM(service=chat.scripted(lambda request, place: texts[place]), search=SMALL)
+    with dspy.context(lm=lm, adapter=dspy.XMLAdapter()):
+        assert dspy.Predict("question -> answer: list[str]")(**QUESTION).answer == ["1", "2"]
+    assert [one["votes"] for one in lm.history[-1]["response"].provider_data["ets"]["candidates"]] == [2, 1]
+
+
+@pytest.mark.parametrize("whose", ["the LM's", "the service's own", "a step reward"])
+def test_no_judge_reads_xml_markup(chat: Any, whose: str) -> None:
+    seen: list[tuple[Any, str]] = []
+
+    def watching(problem: Any, steps: Sequence[str]) -> float:
+        seen.append((problem, "".join(steps)))
+        return 0.5
+
+    question, text = "Is a < b & b<c>?", tagged("So <b>it</b> is.\n\nYes.", "yes")
+    own = {"verifier": watching} if whose == "the service's own" else {}
+    lm = ETSLM(
+        service=chat.scripted(lambda request, place: text, **own),
+        search=SMALL,
+        verifier=watching if whose == "the LM's" else None,
+    )
+    with dspy.context(lm=lm, adapter=dspy.XMLAdapter()):
+        if whose == "a step reward":
+            ETSReasoner("question -> answer", step_reward_fn=watching)(question=question)
+        else:
+            dspy.ChainOfThought("question -> answer")(question=question)
+    assert {str(problem) for problem, _ in seen} == {str({"question": question}) if "step" in whose else question}
+    assert {text.split()[-1] for _, text in seen} == {"is.", "Yes.", "yes"}
+    assert not any("reasoning>" in text or "answer>" in text for _, text in seen) and "<b>it</b>" in seen[0][1]
+
+
+def test_where_no_text_states_an_answer_that_is_said_once(chat: Any, caplog: pytest.LogCaptureFixture) -> None:
+    _say_once.cache_clear()
+    extractor = DummyLM([{"answer": "Paris"}] * 4, adapter=dspy.ChatAdapter())
+    lm = ETSLM(service=chat.scripted(lambda request, place: "It is Paris, surely", name="wordy"), search=SMALL)
+    with dspy.context(lm=lm, adapter=dspy.TwoStepAdapter(extractor)):
+        for question in ("Where?", "Where again?"):
+            assert dspy.Predict("question -> answer")(question=question).answer == "Paris"
+    assert caplog.text.count("nobody voted") == 1 and "XMLAdapter" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "width"), [("The answer is 42.", 4), ("It is Paris, surely", 1)])
+def test_where_nobody_had_to_vote_or_all_could_nothing_is_said(
+    chat: Any, caplog: pytest.LogCaptureFixture, text: str, width: int
+) -> None:
+    lm = ETSLM(service=chat.scripted(lambda request, place: text, name="terse"), search={**SMALL, "width": width})
+    assert lm("20+22?") == [text] and "nobody voted" not in caplog.text
