@@ -77,7 +77,7 @@ class Plan:
     @contextmanager
     def asking(self) -> Iterator[tuple[lm15.Request, dict[str, Any]]]:
         """The request, how DSPy is to treat it, and meanwhile what travels beside it and where progress is told."""
-        settings = self.predict.settings
+        settings = self.predict.settings if self._called is None else {}
         own = {name: settings[name] for name in (*SETTINGS, "stop") if name in settings}
         asked = {**self.lm.kwargs, **own, **self.config}
         options = {name: asked[name] for name in ("rollout_id", "cache") if asked.get(name) is not None}
@@ -171,11 +171,10 @@ class Plan:
 
     def _ets(self, scorer: RewardScorer | None, view: ParsedView | None) -> dict[str, Any]:
         """What the request says of the search: the call's own settings before the predictor's before the LM's."""
-        called = (self.config.get("metadata") or {}).get("ets")
-        ets, search = dict(called or {}), self.predict.settings
-        if called is not None:  # all of them, of which some are the call's
+        ets, search = dict(self._called or {}), self.predict.settings
+        if self._called is not None:  # all of them, of which some are the call's
             own = self.lm.complete_search({})["search"]
-            search = {name: one for name, one in called.get("search", {}).items() if one != own.get(name)}
+            search = {name: one for name, one in self._called.get("search", {}).items() if one != own.get(name)}
         shown = {"n_candidates": self.num_shown} if self.num_shown is not None and self.rewards is None else {}
         ets["search"] = {**self._for_rewards(search), **shown}
         if scorer is not None:
@@ -186,6 +185,11 @@ class Plan:
             ets["view"] = {"adapter": f"{kind.__module__}.{kind.__qualname__}", "fields": fields}
             ets["view"]["reads"] = id(self.adapter) if self._plain_view is None else self._plain_view
         return self.lm.complete_search(ets)
+
+    @property
+    def _called(self) -> dict[str, Any] | None:
+        """What the call says of the search, which then says all of it."""
+        return (self.config.get("metadata") or {}).get("ets")
 
     @property
     def _plain_view(self) -> str | None:

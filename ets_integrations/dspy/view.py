@@ -324,4 +324,5 @@ def _shown(steps: Sequence[str], read_step: StepReader) -> list[str]:
 
 
 def _last_user(messages: Sequence[Message]) -> str:
-    return next((message.get("content") or "" for message in reversed(messages) if message["role"] == "user"), "")
+    said = next((message.get("content") or "" for message in reversed(messages) if message["role"] == "user"), "")
+    return said if isinstance(said, str) else "\n".join(part.get("text") or "" for part in said)

@@ -1,7 +1,8 @@
 """Calls through an adapter that does more than format and parse, as `dspy.Refine`'s: it is called with a stand-in LM.
 
 DSPy lets an adapter's `__call__` change the question before the LM sees it, and the answer after. Such an adapter is
-called once to see what it would ask, and once for each answer of the search to see what it makes of that.
+called once to see what it would ask, and once for each answer of the search to see what it makes of that. An `acall` of
+its own is not called: none of this waits.
 """
 
 from __future__ import annotations

@@ -42,6 +42,15 @@ def test_search_settings_of_a_call_or_a_module_go_before_the_lms_own_parameters(
     assert (config.temperature, config.max_tokens, config.stop[0]) == (0.4, 77, "BAR"), "the call's own go first"
 
 
+def test_a_calls_search_settings_say_everything(chat: Any) -> None:
+    engine = chat.answering(42)
+    lm = ETSLM(service=engine, search=SMALL, cache=False)
+    reasoner = ETSReasoner("question -> answer", search={"temperature": 0.2, "width": 3})
+    reasoner(**QUESTION, lm=lm, config=lm.search(vote="best"))
+    config = engine.script.requests[-1].config
+    assert (config.temperature, config.width, config.vote) == (1.0, 4, "best")
+
+
 def test_a_seed_may_be_taken_back_for_one_call(chat: Any) -> None:
     engine = chat.answering(42)
     lm = ETSLM(service=engine, search=SMALL, cache=False).copy(seed=9)

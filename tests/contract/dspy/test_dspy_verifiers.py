@@ -73,3 +73,16 @@ def test_a_reward_may_ask_another_question_in_the_same_format(chat: Any, mode: A
     with dspy.context(lm=ETSLM(service=engine), adapter=PlainAdapter(view=LastWord())):
         pred = ETSReasoner("question -> answer: int", **SMALL, reward_fn=reward, reward=mode, **steps)(**QUESTION)
     assert (pred.completions.answer, pred._ets.rewards) == ([4, 3, 2, 1], (0.4, 0.3, 0.2, 0.1))
+
+
+def test_a_step_reward_judges_where_an_input_has_a_type_of_its_own(chat: Any) -> None:
+    class Note(dspy.Type):
+        content: str
+
+        def format(self) -> list[dict[str, Any]]:
+            return [{"type": "text", "text": self.content}]
+
+    reasoner = ETSReasoner("question, note -> answer: int", step_reward_fn=lambda args, steps: 0.5, **SMALL)
+    reasoner.predict.signature = reasoner.predict.signature.with_updated_fields("note", type_=Note)
+    with dspy.context(lm=ETSLM(service=chat.answering(42))):
+        assert reasoner(**QUESTION, note=Note(content="Add them.")).answer == 42
