@@ -190,13 +190,7 @@ class Scheduler:
             return True
         wanted = effective_width(job.config) * min(STEP_TOKENS, job.config.max_step_tokens)
         wanted += job.policy.dropped_tokens if job.policy else 0
-        for runner in self._models.runners:
-            pool = runner.tree.pool
-            if pool.free_pages_left is not None:
-                free_tokens = pool.free_pages_left * pool.page_tokens + runner.prefixes.num_unused_tokens
-                if free_tokens < wanted:
-                    return False
-        return True
+        return all(_has_tokens(runner, wanted) for runner in self._models.runners)
 
     def _make_room(self) -> bool:
         """Take the KV of the search that can spare it best: one that waits for its caller, else the youngest."""
@@ -429,3 +423,12 @@ class Scheduler:
                 assert owner.policy is not None
                 owner.policy.take(one)
             return
+
+
+def _has_tokens(runner: Runner, wanted: int) -> bool:
+    """Whether a pool has so many tokens free, or can get them from prompts that it only remembers."""
+    pool, prefixes = runner.tree.pool, runner.prefixes
+    if pool.free_pages_left is None:
+        return True
+    short = wanted - pool.free_pages_left * pool.page_tokens
+    return short <= 0 or (short <= prefixes.num_tokens and short <= prefixes.num_unused_tokens)
