@@ -7,6 +7,7 @@ which only a main thread gets.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,9 +16,12 @@ import threading
 from collections import Counter
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
+_LOGGER = logging.getLogger(__name__)
 _START_S = 60  # most seconds until math-verify is imported
 _MEMORY_BYTES = 4 << 30  # of address space
+_READY = b"."
 
 
 class SymbolicProcess:
@@ -38,6 +42,7 @@ class SymbolicProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0  # process id of who started it: a forked child must not talk into its parent's pipe
+        self._has_warned = False
         self._deaths = Counter[str]()  # how often an expression cost the process its life
         self._ask = lru_cache(maxsize=20_000)(self._ask_once)
 
@@ -48,7 +53,13 @@ class SymbolicProcess:
         """
         if max(self._deaths[left], self._deaths[right]) > 1:
             return False
-        return self._ask(left) and self._ask(right) and self._ask(left, right)
+        try:
+            return self._ask(left) and self._ask(right) and self._ask(left, right)
+        except OSError as error:  # it did not start: this says nothing of the expressions, and is not remembered
+            if not self._has_warned:
+                _LOGGER.warning("answers are compared without math-verify, and some that are equal differ: %s", error)
+            self._has_warned = True
+            return False
 
     def close(self) -> None:
         """End the process; another comparison starts one again."""
@@ -57,8 +68,8 @@ class SymbolicProcess:
 
     def _ask_once(self, *texts: str) -> bool:
         with self._lock:
+            stdin, stdout = self._pipes()
             try:
-                stdin, stdout = self._pipes()
                 os.write(stdin, json.dumps(texts).encode() + b"\n")
                 reply = os.read(stdout, 1)
             except OSError:
@@ -70,17 +81,28 @@ class SymbolicProcess:
 
     def _pipes(self) -> tuple[int, int]:
         if self._process is None or self._owner != os.getpid():
+            self._process = self._start()
             self._owner = os.getpid()
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from ets_engine.symbolic import serve; serve({self._limit_s})"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # the terminal's Ctrl-C is not meant for it
-            )
         assert self._process.stdin is not None and self._process.stdout is not None
         return self._process.stdin.fileno(), self._process.stdout.fileno()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A process that has said it is ready."""
+        here = str(Path(__file__).parents[1])
+        process = subprocess.Popen(  # -P: a random.py where the user stands is not Python's
+            [sys.executable, "-P", "-c", f"from ets_engine.symbolic import serve; serve({self._limit_s})"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or here for path in sys.path)},
+            start_new_session=True,  # the terminal's Ctrl-C is not meant for it
+        )
+        assert process.stdout is not None
+        if os.read(process.stdout.fileno(), 1) != _READY:
+            process.kill()
+            process.communicate()
+            raise ChildProcessError(f"its process ended with {process.returncode} before it was ready")
+        return process
 
     def _stop(self) -> None:
         process, self._process = self._process, None
@@ -90,7 +112,10 @@ class SymbolicProcess:
 
 
 def serve(limit_s: int) -> None:
-    """The process: per line of standard input a list of one expression (legible?) or two (equal?), one byte back."""
+    """The process: per line of standard input a list of one expression (legible?) or two (equal?), one byte back.
+
+    `_READY` comes before all replies.
+    """
     signal.alarm(_START_S)  # its default action ends the process, whatever it is busy with
     from math_verify import parse, verify
 
@@ -106,6 +131,7 @@ def serve(limit_s: int) -> None:
     replies = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no reply
     signal.alarm(0)
+    os.write(replies, _READY)
     for line in sys.stdin:
         right = False
         signal.alarm(limit_s)
