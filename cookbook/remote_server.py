@@ -97,7 +97,7 @@ def main() -> None:
     else:
         with transformers_serve() as address:
             remote = over(address)
-    gap = percent(one - other for one, other in zip(remote, local, strict=True))
+    gap = percent((one - other for one, other in zip(remote, local, strict=True)), least=-1.0)
     print(f"server - local: {gap.mean:+.1f} points, 95 % interval [{gap.low:+.1f}, {gap.high:+.1f}]")
 
 

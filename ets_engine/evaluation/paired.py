@@ -10,7 +10,7 @@ from ets_engine.evaluation.measured import Measured, mean_known, per_problem
 from ets_engine.evaluation.methods import split_name
 from ets_engine.evaluation.records import Record
 from ets_engine.evaluation.rows import Comparison, Estimate, Row
-from ets_engine.evaluation.statistics import bootstrap
+from ets_engine.evaluation.statistics import interval
 
 NEIGHBOURS = ("majority", "weighted", "rebase", "ets_published")  # of the same width
 
@@ -33,10 +33,10 @@ def compare_rows(row: Row, rows: Mapping[str, Row], measured: Mapping[str, Measu
     return tuple(one for one in found if one is not None)
 
 
-def percent(shares: Iterable[float]) -> Estimate:
-    """Mean and interval of shares, as percentages."""
-    found = bootstrap([100 * share for share in shares])
-    return Estimate(mean=found.mean, low=found.low, high=found.high)
+def percent(shares: Iterable[float], least: float = 0.0) -> Estimate:
+    """Mean and interval of shares, or of their differences (`least` -1.0), as percentages."""
+    mean, low, high = interval(list(shares), least)
+    return Estimate(mean=100 * mean, low=100 * low, high=100 * high)
 
 
 def _compare(one: Row, other: Row, ours: Measured, theirs: Measured) -> Comparison | None:
@@ -53,7 +53,7 @@ def _compare(one: Row, other: Row, ours: Measured, theirs: Measured) -> Comparis
     return Comparison(
         other=other.name,
         problems=len(common),
-        points=percent(solved[0][problem] - solved[1][problem] for problem in common),
+        points=percent((solved[0][problem] - solved[1][problem] for problem in common), least=-1.0),
         kv=_saving(sides, "mean_kv_tokens"),
         published_kv=_saving(sides, "published_kv_tokens"),
         latency=_ratio(seconds[1], seconds[0]),

@@ -51,8 +51,8 @@ def report_page(summary: Summary) -> str:
     accuracy, *costs = blocks(summary)
     parts = [
         f"<h1>{escape(accuracy.head)}</h1>",
-        "<p class='note'>Accuracy with 95 % intervals by resampling problems; every method on the same problems and "
-        "seeds. The dotted line joins what no other method beats in both directions.</p>",
+        "<p class='note'>Accuracy with 95 % intervals over problems; every method on the same problems and seeds."
+        " The dotted line joins what no other method beats in both directions.</p>",
         f"<div class='plots'>{''.join(_plots(summary))}</div>",
         "<h2>Accuracy</h2>",
         _table(accuracy),
