@@ -41,10 +41,12 @@ def _multiplied(match: re.Match[str]) -> str:
 
 
 _WRITTEN_ALIKE = [  # (pattern, replacement), applied in order
+    (r"\u2212", "-"),
     (r"\\[dtc]frac", r"\\frac"),
     (r",\s*\\!\s*|\{,\}\s*", ","),
     (r"(?<=,)(?:\\[,;: ]|~)", " "),
     (r"\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\\[!,;: ()[\]]|\\displaystyle|~", ""),
+    (r"(?<=\d)\s+(?:and|or)\s+(?=-?\d+(?![\d/]))", ", "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?[$%]", ""),
     (r"\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}", ", "),
     (r"\s*\.?$", ""),
@@ -77,10 +79,11 @@ _WRITTEN_ALIKE = [  # (pattern, replacement), applied in order
 ]
 _RULES = [(re.compile(pattern), replacement) for pattern, replacement in _WRITTEN_ALIKE]
 _NAMED = re.compile(r"[a-zA-Z](?:=|\\in)([^=]+)")
-_PLAIN_NUMBER = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?")
+_PLAIN_NUMBER = re.compile(r"([-+]?)(\d+|\d*\.(\d+)|\d+\.)(?:[eE]([-+]?\d{1,3}))?(?:/(\d+))?")
 _BASE = re.compile(r"(?<=[\d)])_\{?(\d+)\}?")
 _WORD = re.compile(r"[a-zA-Z]{3,}")
-_RELATIVE = Fraction(1, 10_000)  # numbers this close are the same, two integers only when they are equal
+_RELATIVE = Fraction(1, 10_000)  # most that a decimal may be rounded by, however few digits it has
+_UNORDERED = {"{}", "[]", ""}  # brackets of what math-verify compares as sets
 
 _symbolic = SymbolicProcess()
 atexit.register(_symbolic.close)
@@ -113,7 +116,8 @@ def extract_answer(text: str) -> str | None:
 def same_answer(left: str, right: str) -> bool:
     r"""Whether two answers mean the same: as text, as numbers, part by part, or as math-verify understands them.
 
-    Notation, units, thousands commas and `x =` in front do not count; of a numeral's base, only that two agree.
+    Notation, units, thousands commas and `x =` in front do not count; of a numeral's base, only that two agree. A decimal
+    is as good as its last digit, all other numbers are exact. Lists and sets have no order, a tuple has one.
 
     Example:
         >>> same_answer("1,000", "1000.0"), same_answer(r"\frac{1}{2}", "0.5"), same_answer("x+1", "1+x")
@@ -135,12 +139,12 @@ def same_answer(left: str, right: str) -> bool:
     bases = set(_BASE.findall(first)), set(_BASE.findall(second))
     if all(bases) and bases[0] != bases[1]:  # math-verify does not look at them
         return False
-    parts = _parts(first), _parts(second)
-    if parts[0] is not None and parts[1] is not None:
-        return (
-            (first[0], first[-1], len(parts[0])) == (second[0], second[-1], len(parts[1]))
-            and all(map(same_answer, parts[0], parts[1]))
-        )  # fmt: skip
+    one, other = _parts(first), _parts(second)
+    if one is not None and other is not None:
+        kinds = {one[0], other[0]}
+        if kinds == {"[]"} or not kinds <= _UNORDERED:
+            is_kind = len(kinds) == 1 or kinds == {"()", ""}
+            return is_kind and len(one[1]) == len(other[1]) and all(map(same_answer, one[1], other[1]))
     return _symbolic.same(*whole)
 
 
@@ -239,26 +243,36 @@ def _unnamed(answer: str) -> str:
     return match[1] if match else answer
 
 
-def _number(answer: str) -> Fraction | None:
+def _number(answer: str) -> tuple[Fraction, Fraction] | None:
+    """What a number is, and by how much its last decimal may be rounded: 0 without a decimal point."""
     match = _PLAIN_NUMBER.fullmatch(answer)
-    if match is None or (match[3] is not None and int(match[3]) == 0):
+    if match is None or (match[5] is not None and int(match[5]) == 0):
         return None
-    value = Fraction(match[2]) / int(match[3] or 1)
-    return -value if match[1] == "-" else value
+    unit = Fraction(10) ** int(match[4] or 0) / int(match[5] or 1)
+    value = Fraction(match[2]) * unit
+    return -value if match[1] == "-" else value, unit / 10 ** len(match[3]) / 2 if match[3] else Fraction(0)
 
 
-def _close(left: Fraction, right: Fraction) -> bool:
-    if left.denominator == right.denominator == 1:
-        return left == right
-    return abs(left - right) <= _RELATIVE * max(abs(left), abs(right))
+def _close(left: tuple[Fraction, Fraction], right: tuple[Fraction, Fraction]) -> bool:
+    rounded = min(max(left[1], right[1]), _RELATIVE * max(abs(left[0]), abs(right[0])))
+    return abs(left[0] - right[0]) <= rounded
 
 
-def _parts(answer: str) -> list[str] | None:
-    """Components of a tuple or an interval, None when it is neither."""
-    if answer[0] not in "([" or answer[-1] not in ")]":
-        return None
+def _parts(answer: str) -> tuple[str, list[str]] | None:
+    r"""Brackets and components of a tuple, an interval, a set, or a list without brackets; None without several."""
+    bare = answer.replace("\\{", "{").replace("\\}", "}")
+    kind = bare[0] + bare[-1]
+    inside = _split(bare[1:-1]) if kind in ("()", "(]", "[)", "[]", "{}") else None
+    if inside is not None:
+        return (kind, inside) if len(inside) > 1 else None
+    apart = _split(bare)
+    return ("", apart) if apart is not None and len(apart) > 1 else None
+
+
+def _split(answer: str) -> list[str] | None:
+    """What stands between its commas, those in brackets aside; None where brackets close what is not open."""
     depth, parts = 0, [""]
-    for sign in answer[1:-1]:
+    for sign in answer:
         depth += (sign in "([{") - (sign in ")]}")
         if depth < 0:
             return None  # (a)(b)
@@ -266,4 +280,4 @@ def _parts(answer: str) -> list[str] | None:
             parts.append("")
         else:
             parts[-1] += sign
-    return parts if depth == 0 and len(parts) > 1 else None
+    return parts if depth == 0 else None

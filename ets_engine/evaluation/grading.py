@@ -15,7 +15,7 @@ from ets_engine.reference.problems import is_right_answer, is_solved
 Mode = Literal["math", "numeric", "choice", "exact"]
 
 _MARKUP = re.compile(
-    r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf)|left|right|boxed|quad)(?![a-z])|\\[ ,;!]|[{}$~]"
+    r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf)|left|right|boxed|quad)(?![a-z])|\\[ ,;!]|[{}$~`]"
 )  # around a choice
 _PROSE = re.compile(r"[Aa] +(?!(?:is|and|or|because|since)\b)[a-z]")  # "A cat"
 _NAMED = r"(?:(?i:option|choice)\b)?[\s:(\[*]*(?![Ii] +[a-z])([A-Za-z])(?![\w'\u2019])"  # no "I think"
