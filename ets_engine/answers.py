@@ -1,4 +1,4 @@
-"""Answers in solution texts: how to find them, and when two of them are the same; it grades nothing."""
+"""When two answers are the same, and the views of solution texts that find and compare them; it grades nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from ets_engine.extraction import extract_answer
 from ets_engine.symbolic import SymbolicProcess
 
 _LONGEST = 300  # characters of an answer that more than a comparison of texts is worth
-
-_HOPED = re.compile(r"final answer is:?\s?\$([^$\n]{1,300})\$\.? I hope")
-_HASHES = re.compile(r"#### ?(?!\d+[.)][ \t]+\S)(-?\$?[.\d][^\n]{0,300})")  # "#### 2. Add" is a heading
-_STATED = re.compile(r".*answer is:?\s{0,9}(\S[^\n]{0,299})", re.IGNORECASE | re.DOTALL)
-_SENTENCE_END = re.compile(r"\.(?:\s|$)")
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 _POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _POWER = "|".join(_POWERS)
@@ -89,35 +83,11 @@ _symbolic = SymbolicProcess()
 atexit.register(_symbolic.close)
 
 
-def extract_answer(text: str) -> str | None:
-    r"""The answer that a solution states, None when it states none.
-
-    In this order: "final answer is $...$. I hope", the last `\boxed{}`, "#### number", the last "answer is ...", the
-    last number.
-
-    Example:
-        >>> extract_answer(r"So $x=2$ and the total is $\boxed{\frac{1}{2}}$.")
-        '\\frac{1}{2}'
-        >>> extract_answer("Then 3 + 4 = 7.\nThe answer is 7."), extract_answer("no idea")
-        ('7', None)
-    """
-    if hoped := _HOPED.findall(text):
-        return _last_boxed(hoped[-1]) or _clean(hoped[-1])
-    if (boxed := _last_boxed(text)) is not None:
-        return boxed.strip() or None
-    if (hashes := _HASHES.findall(text)) and (answer := _clean(hashes[-1])):
-        return answer
-    if (stated := _STATED.match(text)) and (answer := _clean(_SENTENCE_END.split(stated[1], maxsplit=1)[0])):
-        return answer
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
-
-
 def same_answer(left: str, right: str) -> bool:
     r"""Whether two answers mean the same: as text, as numbers, part by part, or as math-verify understands them.
 
-    Notation, units, thousands commas and `x =` in front do not count; of a numeral's base, only that two agree. A decimal
-    is as good as its last digit, all other numbers are exact. Lists and sets have no order, a tuple has one.
+    Notation, units, thousands commas and `x =` in front do not count; of a numeral's base, only that two agree. A
+    decimal is as good as its last digit, all other numbers are exact. Lists and sets have no order, a tuple has one.
 
     Example:
         >>> same_answer("1,000", "1000.0"), same_answer(r"\frac{1}{2}", "0.5"), same_answer("x+1", "1+x")
@@ -204,27 +174,6 @@ class ReferenceView:
     def same(self, left: str, right: str) -> bool:
         """Whether they are equal."""
         return left == right
-
-
-def _clean(answer: str) -> str | None:
-    answer = answer.strip(" \t\n*$").removesuffix(".").strip(" \t\n*$:")
-    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
-        answer = answer.removeprefix(opening).removesuffix(closing)
-    return answer.strip() or None
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{}` holds, None without one or when it is not closed; escaped braces do not nest."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for brace in _BRACES.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start : brace.start()]
-    return None
 
 
 @lru_cache(maxsize=10_000)

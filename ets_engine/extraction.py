@@ -1,0 +1,128 @@
+"""Finds the answer that a solution's text states; it compares none."""
+
+from __future__ import annotations
+
+import re
+
+_HOPED = re.compile(r"final answer is:?\s?\$([^$\n]{1,300})\$\.? I hope")
+_HASHES = re.compile(r"#### ?(?!\d+[.)][ \t]+\S)(-?\$?[.\d][^\n]{0,300})")  # "#### 2. Add" is a heading
+_SAID = r"[\s*]{0,9}(\S[^\n]{0,299})"
+_STATED = re.compile(
+    rf".*(?:answer\s?=|(?:answer|correct (?:option|choice)) is\b(?! not\b|n't):?){_SAID}", re.IGNORECASE | re.DOTALL
+)
+_LABELLED = re.compile(  # "Final answer: 5", or a line that begins with "Answer:", or is a heading "Answer"
+    rf".*(?:(?:final|correct) answer[*_ \t]{{0,9}}:|^[#*_> \t]{{0,9}}(?:final |correct )?answer[*_ \t]{{0,9}}[:\n])"
+    rf"{_SAID}",
+    re.IGNORECASE | re.DOTALL | re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)\.\**(?:\s|$)")
+_REASON = re.compile(r",?\s(?:because|since|as|so|which)\b")
+_LEAD = re.compile(
+    r"(?:(?:approximately|about|exactly|therefore|thus|simply|clearly|equal to|given by)\b[\s,:]*)+", re.IGNORECASE
+)
+_MATH_FIRST = re.compile(  # and after it neither a number nor what makes it another one
+    r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\))"
+    r"(?![^\n]*(?:[\d$\\]|\b(?:hundred|thousand|million|billion|trillion|and|or|plus|minus|times|mod|not)\b))"
+)
+_SUM = re.compile(r"(?:[\d\s.,+*/\u00d7\u00f7\u00b7()^=-]|\\(?:times|cdot|div)(?![a-z]))+=\s*([^=]+)")
+_SPELT = (
+    r"(?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|"
+    r"seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|and)"
+    r"[\s-]*)+"
+)
+_TWICE = re.compile(rf"{_SPELT}\((-?\d[\d.,]*)\)|(-?\d[\d.,]*) \({_SPELT}\)", re.IGNORECASE)  # "twelve (12)"
+_PROSE = re.compile(  # "There are 3", "5 boys have 3", "30 comic books weigh 7.5 pounds", but not "A is right"
+    r"(?!a is\b)(?:let |(?:[a-z]{2,}|a|i),?[ \t]+[a-z]{2,}|.*\b(?:is|are|was|were|be|has|have|had|will|can|must)\b"
+    r"|(?:[^a-z]*[a-z]{2,}\b){4})",
+    re.IGNORECASE,
+)
+_WORKING = re.compile(r"[^=]*=[^=,]*=|[^=]*(?<!\\)\b[a-zA-Z]{3,}[^=]*=")  # but not "x = 5" or "y - 2x = 3"
+
+_MATH_LAST = re.compile(r"(?:\$\$?(?![\s$])([^$\n]{1,300})(?<!\s)\$\$?|\\\(((?:(?!\\\)).){1,300})\\\))[\s.*]*\Z")
+_WORDS = re.compile(r"[^\\]*[a-zA-Z]{2,}\s[a-zA-Z]{2,}")  # between the dollar signs of two prices
+_EQUALS = re.compile(r"=|\\approx(?![a-z])|≈")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"(?:/\d+|[eE][-+]?\d+|[\^_]\{?-?\d+\}?|(?::\d+)+)?"
+)
+_DIGIT = re.compile(r"\d")
+_BEFORE_PART = re.compile(r"(?:\\(?:[dtc]?frac|sqrt(?:\[\d\])?|[dt]?binom)\{?|\}\{|[\^_]\{?)\Z")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The answer that a solution states, None when it states none.
+
+    In this order: "final answer is $...$. I hope", the last `\boxed{}`, "#### number", the last "answer is ..." or
+    "Answer: ...", the last number, with all of the formula that the text ends with. What is only a part of a formula,
+    such as the 4 of `\frac{3}{4}`, is no answer.
+
+    Example:
+        >>> extract_answer(r"So $x=2$ and the total is $\boxed{\frac{1}{2}}$.")
+        '\\frac{1}{2}'
+        >>> extract_answer("Then 3 + 4 = 7.\nThe answer is 7."), extract_answer("no idea")
+        ('7', None)
+        >>> extract_answer("**Answer:** C) 12"), extract_answer("The answer is therefore 12, as 3 + 9 = 12.")
+        ('C) 12', '12')
+    """
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\\fbox{", "\\boxed{")
+    if hoped := _HOPED.findall(text):
+        return _last_boxed(hoped[-1]) or _clean(hoped[-1])
+    if (boxed := _last_boxed(text)) is not None:
+        return boxed.strip() or None
+    if (hashes := _HASHES.findall(text)) and (answer := _clean(hashes[-1])):
+        return answer
+    return _stated(text) or _last_number(text)
+
+
+def _stated(text: str) -> str | None:
+    """What the last "answer is" or "Answer:" says; prose about numbers and calculations do not count after a label."""
+    found = [match for pattern in (_STATED, _LABELLED) if (match := pattern.match(text))]
+    if not found:
+        return None
+    last = max(found, key=lambda match: match.start(1))
+    sentence = _SENTENCE_END.split(last[1], maxsplit=1)[0]
+    said = _REASON.split(sentence, maxsplit=1)[0].strip(" \t*")
+    said = said[lead.end() :] if (lead := _LEAD.match(said)) else said
+    if math := _MATH_FIRST.match(said):
+        said = math[1] or math[2]
+    answer = _clean(said)
+    if answer is None:
+        return None
+    total = _SUM.fullmatch(answer)
+    is_talk = total or _PROSE.match(sentence) or _WORKING.match(answer)
+    if is_talk and last.re is _LABELLED and _DIGIT.search(text, last.start(1)):
+        return None
+    twice = _TWICE.fullmatch(answer)
+    return total[1] if total else (twice[1] or twice[2]) if twice else answer
+
+
+def _last_number(text: str) -> str | None:
+    math = _MATH_LAST.search(text[-400:])
+    if math and any(sign.isdigit() for sign in math[0]) and not _WORDS.match(formula := math[1] or math[2]):
+        return _clean(_EQUALS.split(formula)[-1])
+    *_, last = (None, *_NUMBER.finditer(text))
+    if last is None or _BEFORE_PART.search(text[max(0, last.start() - 12) : last.start()]):
+        return None
+    return last[0]
+
+
+def _clean(answer: str) -> str | None:
+    answer = answer.strip(" \t\n*$`").removesuffix(".").strip(" \t\n*$`:")
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
+        answer = answer.removeprefix(opening).removesuffix(closing)
+    return answer.strip() or None
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{}` holds, None without one or when it is not closed; escaped braces do not nest."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for brace in _BRACES.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : brace.start()]
+    return None
