@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from threading import Event
@@ -14,7 +14,7 @@ from zlib import crc32
 from ets_engine.answers import ReferenceView
 from ets_engine.config import SearchConfig, Vote
 from ets_engine.errors import ConfigError, ETSError
-from ets_engine.evaluation.grading import Mode, check_mode, grade
+from ets_engine.evaluation.grading import Mode, check_mode, grade, key
 from ets_engine.evaluation.methods import Method
 from ets_engine.evaluation.problems import EvalProblem
 from ets_engine.evaluation.records import Outcome, Pass, Record, Results
@@ -66,7 +66,7 @@ class Bench:
         results: Where searches are written down.
         base: Settings of every search, apart from strategy, width and seed.
         seeds: Each method solves each problem once per seed.
-        mode: How answers are compared.
+        mode: How answers are compared, and by that which votes are for the same one.
         concurrency: Searches in flight while accuracy and KV are measured, >= 1.
         latency_problems: With `concurrency` > 1, the first so many problems are searched again one at a time, all
             methods in turn, for latency and bandwidth, >= 0.
@@ -248,8 +248,20 @@ def _asked(job: Job, concurrency: int) -> dict[str, Any]:
 
 
 def _outcome(result: SearchResult, problem: EvalProblem, vote: Vote, mode: Mode) -> Outcome:
-    winner = max(result.candidates, key=RANK[vote], default=None)
+    as_searched = mode == "math" or problem.family
+    winner = max(result.candidates if as_searched else _together(result.candidates, mode), key=RANK[vote], default=None)
     if winner is None:
         return Outcome(answer=None, strict=False, lenient=False, solved=False)
     found = grade(problem, winner.answer, "".join(step.text for step in winner.steps), mode)
     return Outcome(answer=winner.answer, **found._asdict())
+
+
+def _together(candidates: Sequence[Candidate], mode: Mode) -> list[Candidate]:
+    """Candidates whose answers are one, as a mode compares them, with all their votes; an illegible one is alone."""
+    found: dict[Hashable, Candidate] = {}
+    for one in candidates:
+        read = key(one.answer, mode) or one.answer
+        other = found.get(read, one)
+        both = {} if other is one else {"votes": one.votes + other.votes, "weight": one.weight + other.weight}
+        found[read] = max(other, one, key=lambda candidate: candidate.score).model_copy(update=both)
+    return list(found.values())
