@@ -68,8 +68,8 @@ _REMAINING_S: ContextVar[Callable[[], float]] = ContextVar("ets_remaining_s", de
 def remaining_s() -> float:
     """Seconds that the search which asks may still take: infinite without a deadline, 0 once it is to end.
 
-    Proposers and verifiers that wait for something may ask, in the search's thread and wherever its context variables
-    go; outside a search it is infinite.
+    Proposers and verifiers that wait for something may ask, in the thread of a `HostedEngine`'s search and wherever its
+    context variables go, another search too; anywhere else it is infinite.
 
     Example:
         >>> remaining_s()
@@ -279,7 +279,8 @@ class HostedEngine:
         if job.scorer is not None:
             read_step = options.get("read_step") if options.get("verifier") is None else None
             verifier = _Timed(CallableVerifier(job.scorer, job.problem, read_step), job)
-        limit = _REMAINING_S.set(job.remaining_s)
+        outer_s = _REMAINING_S.get()
+        limit = _REMAINING_S.set(lambda: min(outer_s(), job.remaining_s()))
         try:
             tree = run(
                 search(job.config, selector, clock=time.perf_counter),

@@ -21,7 +21,7 @@ from ets_integrations.langchain.inner_calls import INNER
 from ets_integrations.langchain.messages import from_langchain
 from ets_integrations.langchain.settings import CALL_SETTINGS
 
-_OWN_SETTINGS = frozenset({"temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "timeout", "effort"})
+_OWN_SETTINGS = frozenset("model temperature top_p top_k min_p max_tokens seed timeout effort stop".split())
 """What an agent's settings say of its own model, and would mean something else to a search."""
 
 Condition = Callable[[ModelRequest[Any]], bool]
@@ -95,6 +95,7 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
         super().__init__()
         self.tools = []
         self._name = name
+        self._not_for_it = _OWN_SETTINGS | settings.keys()
         self._model = model.with_search(settings)  # refuses what no search could honour
         self._when = when
         self._may_call = tools
@@ -122,7 +123,7 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
     def _redirect(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         if not self._when(request):
             return request
-        settings = {name: value for name, value in request.model_settings.items() if name not in _OWN_SETTINGS}
+        settings = {name: value for name, value in request.model_settings.items() if name not in self._not_for_it}
         found = request.override(model=self._model, model_settings=settings)
         return found if self._may_call else found.override(tools=[], tool_choice=None)
 

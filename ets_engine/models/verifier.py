@@ -109,7 +109,7 @@ class PrmVerifier:
 
     def read(self, texts: Sequence[str]) -> list[str]:
         """What the PRM is given of some steps."""
-        return list(texts if self._read_step is None else map(self._read_step, texts))
+        return [text if self._read_step is None else self._read_step(text) for text in texts]
 
     def score_read(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
         """`score` of what `read` gave; where the KV pool is too small for all of it at once, in parts."""

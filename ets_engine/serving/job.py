@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from ets_engine.config import SearchConfig
+from ets_engine.errors import EngineError
 from ets_engine.messages import Message, Prompt
 from ets_engine.models import EvidenceVerifier, PrmVerifier, TreePolicy
 from ets_engine.protocols import Cancel, OnEvent, Selector, StepView
@@ -122,6 +123,10 @@ def complete(job: Job, outcome: object) -> None:
         outcome: What the future is to hold, or an exception that it is to raise.
     """
     final = job.error or outcome
+    if isinstance(final, StopIteration):  # no event loop's future takes one
+        failure = EngineError(f"a function of this search raised {final!r}")
+        failure.__cause__ = final
+        final = failure
     with suppress(InvalidStateError):
         if isinstance(final, BaseException):
             job.future.set_exception(final)

@@ -6,10 +6,12 @@ the steps that it has; the oldest one always goes on, so every search ends.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from ets_engine.errors import ContextLengthError, EngineError, PoolExhaustedError
@@ -97,7 +99,7 @@ class Scheduler:
         self._live: dict[int, Job] = {}  # by number, in the order of admission
         self._may_read = True  # the next part of a long prompt, in this tick
         self._parked: list[Job] = []  # without KV until their callers' verifiers have answered
-        self._missed: tuple[Job, int] | None = None  # for whom there was no room, with so many free pages
+        self._missed: tuple[Job, float] | None = None  # for whom there was no room, of so many tokens
         self.num_dropped = 0  # times that a search gave up its KV for the others
         self._judged: deque[tuple[Job, Request, object]] = deque()  # other threads append
 
@@ -172,17 +174,14 @@ class Scheduler:
                 self._guard(job, self._advance if job.searching is not None else self._begin)
         while self._waiting:
             job = self._waiting[0]
-            if not self._has_room(job):
-                if not all(live.is_judging for live in self._live.values()):
-                    return
+            if self._has_room(job) and (job.searching is None or self._restore(job)):
+                self._waiting.popleft()
+                if job.searching is None:
+                    self._guard(job, self._begin)
+            elif all(live.is_judging for live in self._live.values()):
                 self._drop(max(self._live))  # it may be waiting for this very search
-                continue
-            self._waiting.popleft()
-            if job.searching is not None:
-                if not self._restore(job):
-                    return
             else:
-                self._guard(job, self._begin)
+                return
 
     def _has_room(self, job: Job) -> bool:
         """Whether a search may come in beside the others: its paths and a step per branch, by a guess."""
@@ -218,16 +217,14 @@ class Scheduler:
     def _restore(self, job: Job) -> bool:
         """Let a search in again; False when there is no room for it yet."""
         assert job.policy is not None
-        free_pages = self._models.decoder.runner.tree.pool.free_pages_left or 0
-        if self._live and self._missed is not None and self._missed[0] is job and free_pages <= self._missed[1]:
-            self._waiting.appendleft(job)  # as little room as when it was tried last
-            return False
+        room = _room_of(self._models.decoder.runner)
+        if self._live and self._missed is not None and self._missed[0] is job and room <= self._missed[1]:
+            return False  # as little as when it was tried last
         try:
             job.policy.restore()
         except PoolExhaustedError as error:
             if self._live:
-                self._missed = job, free_pages
-                self._waiting.appendleft(job)
+                self._missed = None if room == math.inf else (job, room)
                 return False
             job.policy.give_up(str(error))
         self._live[job.number] = job
@@ -286,20 +283,22 @@ class Scheduler:
     def _advance(self, job: Job) -> None:
         """Answer a search's requests until one has to wait, or it ends."""
         assert job.searching is not None
-        try:
-            while True:
-                if job.error is not None:
-                    raise job.error
-                if not job.is_stopped and job.wants_to_stop():
-                    job.is_stopped = True
-                    job.request = job.searching.throw(StopSearch())
-                elif (reply := self._reply(job)) is PENDING:
-                    return
-                else:
-                    job.request = job.searching.send(reply)
-                job.is_asked, job.reply = False, PENDING
-        except StopIteration as ended:
-            self._end(job, ended.value)
+        while True:
+            if job.error is not None:
+                raise job.error
+            if not job.is_stopped and job.wants_to_stop():
+                job.is_stopped = True
+                go_on = partial(job.searching.throw, StopSearch())
+            elif (reply := self._reply(job)) is PENDING:
+                return
+            else:
+                go_on = partial(job.searching.send, reply)
+            try:
+                job.request = go_on()
+            except StopIteration as ended:
+                self._end(job, ended.value)
+                return
+            job.is_asked, job.reply = False, PENDING
 
     def _reply(self, job: Job) -> object:
         """The answer to a search's request, `PENDING` when it is not there yet."""
@@ -427,8 +426,13 @@ class Scheduler:
 
 def _has_tokens(runner: Runner, wanted: int) -> bool:
     """Whether a pool has so many tokens free, or can get them from prompts that it only remembers."""
-    pool, prefixes = runner.tree.pool, runner.prefixes
+    pool = runner.tree.pool
+    return (pool.free_pages_left or 0) * pool.page_tokens >= wanted or _room_of(runner) >= wanted
+
+
+def _room_of(runner: Runner) -> float:
+    """Tokens that a pool has free, or can get from prompts that it only remembers; without a limit infinite."""
+    pool = runner.tree.pool
     if pool.free_pages_left is None:
-        return True
-    short = wanted - pool.free_pages_left * pool.page_tokens
-    return short <= 0 or (short <= prefixes.num_tokens and short <= prefixes.num_unused_tokens)
+        return math.inf
+    return pool.free_pages_left * pool.page_tokens + runner.prefixes.num_unused_tokens

@@ -157,7 +157,7 @@ class Worker:
         except BaseException as error:  # not even the searches could be ended
             _LOGGER.exception("the engine's thread failed; it takes no more searches")
             with self._changed:
-                self._is_closing = True
+                self._is_closing = self._is_stopping = True
                 left = [*scheduler.jobs, *self._inbox]
                 self._inbox.clear()
             for job in left:

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 
 from ets_engine.errors import ETSError
+from ets_integrations.langchain.inner_calls import SearchLimit
 from ets_integrations.langchain.settings import SearchSettings
 
 Configs = RunnableConfig | Sequence[RunnableConfig] | None
@@ -30,9 +31,7 @@ class SearchBatches(SearchSettings, Runnable[Any, Any]):
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         """`batch` for an event loop."""
-        if inputs:
-            model = kwargs.get("model")
-            config = limit_batch(config, await self.make_off_loop(partial(self._most, model), model))
+        config = limit_batch(config, await self._amost(kwargs.get("model"))) if inputs else config
         return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
 
     def batch_as_completed(
@@ -46,9 +45,7 @@ class SearchBatches(SearchSettings, Runnable[Any, Any]):
         self, inputs: Sequence[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> AsyncIterator[Any]:
         """`batch_as_completed` for an event loop."""
-        if inputs:
-            model = kwargs.get("model")
-            config = limit_batch(config, await self.make_off_loop(partial(self._most, model), model))
+        config = limit_batch(config, await self._amost(kwargs.get("model"))) if inputs else config
         async for one in super().abatch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs):
             yield one
 
@@ -59,15 +56,23 @@ class SearchBatches(SearchSettings, Runnable[Any, Any]):
         except ETSError:
             return None
 
+    async def _amost(self, model: str | None) -> int | None:
+        try:
+            service = await self.make_off_loop(partial(self.find_service, model), model)
+        except ETSError:
+            return None
+        return service.max_concurrent_searches
+
 
 def limit_batch(config: Configs, most: int | None) -> Configs:
-    """The config or configs of a batch, at most so many questions at a time where they say nothing of it.
+    """The config or configs of a batch, at most so many questions at a time where nobody says anything of it.
 
     Example:
         >>> limit_batch([{"max_concurrency": 2}, {}], 64)
         [{'max_concurrency': 2}, {'max_concurrency': 64}]
     """
-    if most is None:
+    around = ensure_config().get("max_concurrency")
+    if most is None or (around and not isinstance(around, SearchLimit)):
         return config
     if isinstance(config, Sequence):
         return [_limit(one, most) for one in config]
@@ -75,4 +80,4 @@ def limit_batch(config: Configs, most: int | None) -> Configs:
 
 
 def _limit(config: RunnableConfig, most: int) -> RunnableConfig:
-    return config if config.get("max_concurrency") else {**config, "max_concurrency": most}
+    return config if config.get("max_concurrency") else {**config, "max_concurrency": SearchLimit(most)}

@@ -190,7 +190,8 @@ class ChatETS(SearchBatches, BaseChatModel):
 
     def _is_split(self, turn: Turn, result: SearchResult) -> bool:
         """Whether the text is the reasoning, and the answer, if there is one, the content; prose is its own answer."""
-        return self.output == "answer" and not turn.calls and result.finish_reason != "no_answer"
+        is_prose = result.answer is None and result.trajectories
+        return self.output == "answer" and not turn.calls and not is_prose
 
     # ------------------------------------------------------------------ composing
 

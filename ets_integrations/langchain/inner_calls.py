@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from typing import Any
 
 from langchain_core.callbacks import BaseRunManager, CallbackManager
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableSequence, ensure_config
+from langchain_core.runnables import (
+    Runnable,
+    RunnableBinding,
+    RunnableConfig,
+    RunnableSequence,
+    RunnableWithFallbacks,
+    ensure_config,
+)
 from langchain_core.runnables.config import patch_config, set_config_context
+
+
+class SearchLimit(int):
+    """A `max_concurrency` that says how many searches go at a time, and nothing of the calls within one."""
+
 
 INNER = RunnableConfig(tags=["nostream"])
 """LangGraph's `stream_mode="messages"` leaves such calls out; traces and `astream_events` have them."""
@@ -21,7 +33,7 @@ def inner_batch(runnable: Runnable[Any, Any], calls: int) -> RunnableConfig:
     Without it LangChain makes a few more calls at a time than there are processors, however few those are.
 
     Args:
-        runnable: Is to be called; `with_config(max_concurrency=8)` limits it, or the last step of a sequence.
+        runnable: Is to be called; `with_config(max_concurrency=8)` limits it, or any part of it.
         calls: Of it (count).
 
     Example:
@@ -30,10 +42,24 @@ def inner_batch(runnable: Runnable[Any, Any], calls: int) -> RunnableConfig:
         >>> [inner_batch(one, 64)["max_concurrency"] for one in (double, double.with_config(max_concurrency=8))]
         [64, 8]
     """
-    last = runnable.last if isinstance(runnable, RunnableSequence) else runnable
-    parts = [one for one in (runnable, last) if isinstance(one, RunnableBinding)]
-    limits = [part.config.get("max_concurrency") for part in parts] + [ensure_config().get("max_concurrency")]
-    return {**INNER, "max_concurrency": min(next(filter(None, limits), calls), calls)}
+    around = ensure_config().get("max_concurrency")
+    limits = [calls, *_limits(runnable)] + ([around] if around and not isinstance(around, SearchLimit) else [])
+    return {**INNER, "max_concurrency": min(limits)}
+
+
+def _limits(runnable: Runnable[Any, Any]) -> Iterator[int]:
+    """Every `max_concurrency` that was given to a runnable or a part of it."""
+    parts: Sequence[Runnable[Any, Any]] = ()
+    if isinstance(runnable, RunnableBinding):
+        parts = [runnable.bound]
+        if most := runnable.config.get("max_concurrency"):
+            yield most
+    elif isinstance(runnable, RunnableSequence):
+        parts = runnable.steps
+    elif isinstance(runnable, RunnableWithFallbacks):
+        parts = [runnable.runnable, *runnable.fallbacks]
+    for part in parts:
+        yield from _limits(part)
 
 
 @contextmanager

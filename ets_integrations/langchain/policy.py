@@ -69,10 +69,10 @@ class LangChainPolicy:
             for partial in request.partials
         ]
         model: Any = self._model
+        config = inner_batch(model, len(turns))
         if request.tools:
             forced = {} if request.tool_choice == "auto" else {"tool_choice": request.tool_choice}
             model = model.bind_tools([dict(tool) for tool in request.tools], **forced)
-        config = inner_batch(model, len(turns))
         return [self._read(reply) for reply in model.batch(turns, config, return_exceptions=True)]
 
     def _read(self, reply: AIMessage | Exception) -> Step:

@@ -23,7 +23,7 @@ from ets_engine.protocols import SearchOptions
 from ets_engine.types import SearchEvent, SearchResult
 from ets_integrations.langchain.batches import SearchBatches
 from ets_integrations.langchain.events import Progress, emit
-from ets_integrations.langchain.inner_calls import within
+from ets_integrations.langchain.inner_calls import SearchLimit, within
 from ets_integrations.langchain.messages import check_result, from_langchain
 from ets_integrations.langchain.watch import Submit, await_result, awatch, wait, watch
 
@@ -86,6 +86,7 @@ class ETSRunnable(SearchBatches, RunnableSerializable[Any, SearchResult]):
         """
         first = next(iter(config), None) if isinstance(config, list) else config
         most = ensure_config(first).get("max_concurrency")  # LangChain reads the first one's too
+        most = None if isinstance(most, SearchLimit) else most
         return self._batch_with_config(
             partial(self._search_all, most=most, settings=kwargs),
             inputs,

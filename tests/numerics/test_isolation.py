@@ -46,8 +46,21 @@ class BadView:
         return left == right
 
 
+class EndingCancel:
+    def is_set(self) -> bool:
+        return next(iter(()))
+
+
 def bad_read_step(text: str) -> str:
     raise ValueError("mine")
+
+
+def ending_read_step(text: str) -> str:
+    return next(iter(()))
+
+
+def ending_on_event(event: SearchEvent) -> None:
+    next(iter(()))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +82,19 @@ def test_a_function_that_raises_whatever_it_likes_ends_its_own_search(
         its_own.result(timeout=30)
     assert [Essence(one.result(timeout=30)) for one in others] == alone
     assert Essence(engine.search(PROBLEMS[0], settings())) == alone[0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"cancel": EndingCancel()}, {"read_step": ending_read_step}, {"on_event": ending_on_event}]
+)
+def test_an_iterator_that_ends_in_a_function_ends_its_own_search(engine: ETSEngine, wrong: Any) -> None:
+    alone = Essence(engine.search(PROBLEMS[0], settings()))
+    other = engine.submit(PROBLEMS[0], settings())
+    with pytest.raises(EngineError, match="StopIteration"):
+        engine.submit(PROBLEMS[3], settings(), **wrong).result(timeout=30)
+    with pytest.raises(EngineError, match="StopIteration"):
+        asyncio.run(asyncio.wait_for(engine.asearch(PROBLEMS[3], settings(), **wrong), 30))
+    assert Essence(other.result(timeout=30)) == alone
 
 
 @pytest.mark.parametrize("wrong", [object(), threading.Event])

@@ -12,6 +12,7 @@ from ets_engine.config import EngineConfig, SearchConfig
 from ets_engine.errors import PoolExhaustedError
 from ets_engine.models import TreePolicy
 from ets_engine.service import ETSEngine
+from ets_engine.serving import Scheduler
 from ets_engine.types import SearchResult
 
 from .test_serving import PROBLEMS, Essence, engine, half, make, scheduler, settings, settle, shared
@@ -155,5 +156,36 @@ def test_remembered_prompts_are_room(folders: tuple[str, str]) -> None:
     for future in [small.submit(problem, settings(), verifier=look) for problem in PROBLEMS[:3]]:
         future.result(timeout=60)
     assert max(live) == 3
+    settle(small)
+    small.close()
+
+
+def test_who_waits_for_a_search_without_room_gives_it_its_own(
+    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller's verifier waits for a search that lost its KV and would fit again, were it not for the caller's own."""
+    small = make(folders)
+    own, restore, tick = scheduler(small), TreePolicy.restore, Scheduler.tick
+    dropped: list[int] = []
+
+    def refuse_beside_others(policy: TreePolicy) -> None:
+        if own._live:
+            raise PoolExhaustedError("no room")
+        restore(policy)
+
+    def drop_the_first_one(self: Scheduler) -> None:
+        if not dropped and len(self._live) == 2 and self._live[max(self._live)].is_judging:
+            dropped.append(min(self._live))
+            self._drop(dropped[0])
+        tick(self)
+
+    monkeypatch.setattr(TreePolicy, "restore", refuse_beside_others)
+    monkeypatch.setattr(Scheduler, "tick", drop_the_first_one)
+    config = settings(width=4, max_steps=40, max_tokens=200)
+    first = small.submit(PROBLEMS[0], config)
+    second = small.submit(PROBLEMS[1], settings(), verifier=lambda problem, steps: first.result(timeout=30).score)
+    assert second.result(timeout=60).trajectories and dropped
+    with make(folders) as other:
+        assert Essence(first.result()) == Essence(other.search(PROBLEMS[0], config))
     settle(small)
     small.close()

@@ -12,8 +12,9 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 
-from ets_engine import HostedEngine
+from ets_engine import ConfigError, HostedEngine
 from ets_engine.errors import ModelLoadError
 from ets_engine.hosted import ProposalRequest
 from ets_engine.types import Step
@@ -95,6 +96,26 @@ async def test_no_batch_asks_more_at_a_time_than_the_service_takes(kind: Kind) -
             case "batch_as_completed":
                 assert sorted(place for place, _ in found) == list(range(12))
         assert script.most_at_once == 3, way
+
+
+@BOTH
+async def test_a_limit_of_the_run_around_a_batch_holds(kind: Kind) -> None:
+    for way in ("batch", "abatch", "batch_as_completed"):
+        service, script = narrow(64)
+
+        async def ask(_: object, way: str = way, service: HostedEngine = service) -> int:
+            found: Any = getattr(kind(engine=service, width=1), way)([f"{i}?" for i in range(8)])
+            return len(await found if way == "abatch" else list(found))
+
+        assert await RunnableLambda(ask).ainvoke(0, config={"max_concurrency": 2}) == 8
+        assert script.most_at_once <= 2, way
+
+
+@BOTH
+async def test_something_else_than_a_service_fails_each_question(kind: Kind) -> None:
+    chat: Any = kind(engine=object())
+    for found in (chat.batch(["1", "2"], return_exceptions=True), await chat.abatch(["1"] * 2, return_exceptions=True)):
+        assert [type(one) for one in found] == [ConfigError] * 2
 
 
 @BOTH

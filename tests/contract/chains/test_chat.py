@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -164,6 +165,20 @@ def test_an_answer_alone_is_nothing_where_no_solution_was_finished() -> None:
     assert message.additional_kwargs["reasoning_content"] == "I think.\n\nI think.\n\n"
     prose = ChatETS(engine=spied(lambda request: "Hello there.")[0], width=2, output="answer").invoke("Hi")
     assert (prose.content, prose.additional_kwargs) == ("Hello there.", {})
+
+
+def test_prose_that_was_finished_before_the_deadline_is_the_answer() -> None:
+    def one_ends(request: ProposalRequest) -> list[Step]:
+        time.sleep(0.02)
+        return [
+            Step("Hello there.", 3, StopReason.FINISHED) if child == 1 else Step("I think.\n\n", 3)
+            for child in request.children
+        ]
+
+    engine = HostedEngine(one_ends, lambda problem, steps: 0.5, name="prose")
+    chat = ChatETS(engine=engine, width=2, max_steps=1000, max_tokens=100_000, timeout=0.5, output="answer")
+    message = chat.invoke("Hi")
+    assert (message.content, message.response_metadata["finish_reason"]) == ("Hello there.", "deadline")
 
 
 def test_tokens_of_messages_are_those_of_calls_and_tools_too() -> None:

@@ -10,6 +10,7 @@ from langchain.agents import create_agent
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.language_models import FakeListChatModel, FakeMessagesListChatModel, SimpleChatModel
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers import BaseTracer
 
@@ -179,6 +180,9 @@ class Slow(SimpleChatModel):
     def _llm_type(self) -> str:
         return "slow"
 
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        return self
+
     def _call(self, *args: Any, **kwargs: Any) -> str:
         self.running += 1
         self.most = max(self.most, self.running)
@@ -197,16 +201,45 @@ def test_all_branches_and_all_marks_of_a_depth_are_asked_for_at_once() -> None:
     assert (policy.most, marks.most) == (40, 40)
 
 
-@pytest.mark.parametrize("limited", ["model", "run"])
-def test_fewer_are_where_the_model_or_the_run_is_limited(limited: str) -> None:
+def limited(model: Any) -> Any:
+    return model.with_config(max_concurrency=2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        limited,
+        lambda model: limited(model) | StrOutputParser(),
+        lambda model: limited(model).with_fallbacks([model]),
+        lambda model: (RunnableLambda(lambda x: x) | limited(model)).with_config(tags=["mine"]),
+    ],
+)
+def test_fewer_are_where_any_part_of_the_model_is_limited(how: Any) -> None:
     policy, marks = Slow(says="The answer is 4.", want=2), Slow(says="7", want=2)
-    pair: list[Any] = [policy, marks]
-    if limited == "model":
-        pair = [one.with_config(max_concurrency=2) for one in pair]
-    chat = ChatETS(engine=HostedEngine(LangChainPolicy(pair[0]), judge(pair[1]), name="slow"), width=8)
-    chain = RunnableLambda(lambda x: x) | chat
-    chain.invoke("2+2?", config={"max_concurrency": 2} if limited == "run" else {})
+    judging = RunnableVerifier(RunnableLambda(lambda given: given["text"]) | how(marks), scale=10.0)
+    ChatETS(engine=HostedEngine(LangChainPolicy(limited(policy)), judging, name="slow"), width=8).invoke("2+2?")
     assert (policy.most, marks.most) == (2, 2)
+
+
+def test_fewer_are_where_the_run_is_limited_or_the_model_has_tools() -> None:
+    policy, marks = Slow(says="The answer is 4.", want=2), Slow(says="7", want=2)
+    chat = ChatETS(engine=HostedEngine(LangChainPolicy(policy), judge(marks), name="slow"), width=8)
+    (RunnableLambda(lambda x: x) | chat).invoke("2+2?", config={"max_concurrency": 2})
+    assert (policy.most, marks.most) == (2, 2)
+    policy.most = 0
+    chat = ChatETS(engine=HostedEngine(LangChainPolicy(limited(policy)), judge(marks), name="slow"), width=8)
+    chat.bind_tools([{"type": "function", "function": {"name": "add", "parameters": {}}}]).invoke("2+2?")
+    assert policy.most == 2
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch", "batch_as_completed"])
+@pytest.mark.parametrize("kind", [ChatETS, ETSRunnable])
+async def test_how_many_searches_go_at_a_time_does_not_limit_the_calls_of_one(kind: Any, way: str) -> None:
+    policy = Slow(says="The answer is 4.", want=8)
+    engine = HostedEngine(LangChainPolicy(policy), lambda problem, steps: 0.5, name="slow", max_concurrent_searches=1)
+    found = getattr(RunnableLambda(lambda x: x) | kind(engine=engine, width=8), way)(["2+2?", "3+3?"])
+    assert len(await found if way == "abatch" else list(found)) == 2
+    assert policy.most == 8
 
 
 class Forced(FakeMessagesListChatModel):
