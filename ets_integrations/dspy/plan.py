@@ -12,7 +12,6 @@ from uuid import uuid4
 
 import dspy
 from dspy import lm15
-from dspy.utils.exceptions import AdapterParseError
 
 from ets_engine.tool_calls import Toolbox
 from ets_engine.types import SearchEvent
@@ -114,7 +113,7 @@ class Plan:
         """The candidates' texts and what they parse into, best first.
 
         Raises:
-            AdapterParseError: None parses.
+            Exception: None parses: what the adapter raised for the first, an AdapterParseError mostly.
         """
         report = SearchReport.model_validate(response.provider_data["ets"])
         texts = [one.text for one in report.candidates] or [response.text or ""]
@@ -123,7 +122,7 @@ class Plan:
             try:
                 values.append(self._parse(text))
                 kept.append(text)
-            except AdapterParseError as error:
+            except Exception as error:  # an adapter of the user's may raise anything
                 first = first or error
         if not values:
             raise first or AssertionError("there is one text at least")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -120,7 +121,7 @@ class ETSPredict(dspy.Predict):
             return self._choose(plan, *await asample(plan))
         with plan.asking() as (request, options):
             response = await plan.lm.acall(request, **options)
-        return self._choose(plan, *plan.read(response))
+        return self._choose(plan, *await asyncio.to_thread(plan.read, response))  # an adapter may ask on
 
     def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
         """As `dspy.Predict`, with the search settings; functions are not saved."""

@@ -1,19 +1,25 @@
 """Calls through an adapter that does more than format and parse, as `dspy.Refine`'s: it is called with a stand-in LM.
 
 DSPy lets an adapter's `__call__` change the question before the LM sees it, and the answer after. Such an adapter is
-called once to see what it would ask, and once for each answer of the search to see what it makes of that. An `acall` of
-its own is not called: none of this waits.
+called once to see what it would ask, and once for each answer of the search to see what it makes of that. What else it
+asks then, as whether an answer is right, goes to the LM itself, for each answer; where it asks the same again, because
+it cannot read an answer for instance, that answer is dropped. An `acall` of its own is not called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
+from dspy.clients.call_context import stream_emitted
+from dspy.utils.exceptions import AdapterParseError
 
+from ets_integrations.dspy.lm import ETSLM
 from ets_integrations.dspy.plan import Plan
+
+_Answer = Callable[[list[dict[str, Any]], dict[str, Any]], list[Any] | None]
 
 
 def is_wrapped(adapter: dspy.Adapter) -> bool:
@@ -31,6 +37,7 @@ class WrappedPlan(Plan):
     """One call through such an adapter. Which leaves vote is read from the messages: it may ask a model to parse."""
 
     asked: list[dict[str, Any]] | None = None
+    _known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def listen(self) -> bool:
         """See what the adapter asks; False where it asks nothing."""
@@ -49,29 +56,57 @@ class WrappedPlan(Plan):
         """What it asks."""
         return self.asked or []
 
+    def _parse(self, text: str) -> dict[str, Any]:
+        if text not in self._known:  # what the adapter asks about an answer is asked once
+            self._known[text] = super()._parse(text)
+        return dict(self._known[text])
+
     def _read_output(self, output: dict[str, Any]) -> dict[str, Any]:
-        return self._call(lambda messages, config: [output])[0]
+        unread = [output]
+
+        def answer(messages: list[dict[str, Any]], config: dict[str, Any]) -> list[Any] | None:
+            if messages != self.asked:
+                return None
+            if not unread:
+                raise _Asked(messages, config)
+            stream_emitted()  # by which DSPy's own adapters know that this is not to be asked again as JSON
+            return [unread.pop()]
+
+        try:
+            return self._call(answer)[0]
+        except _Asked:
+            raise AdapterParseError(
+                adapter_name=type(self.adapter).__name__,
+                signature=self.signature,
+                lm_response=str(output["text"]),
+                message="The adapter asked the same again.",
+            ) from None
 
     def _view(self) -> None:
         return None
 
-    def _call(self, answer: Callable[[list[dict[str, Any]], dict[str, Any]], list[Any]]) -> list[dict[str, Any]]:
+    def _call(self, answer: _Answer) -> list[dict[str, Any]]:
         lm = _StandIn(self.lm, answer)
         return self.adapter(lm, dict(self.config), self.signature, self.demos, dict(self.inputs))
 
 
-class _StandIn:
-    """An LM whose calls are answered by a function."""
+class _StandIn(ETSLM):
+    """An LM of which a function may answer the calls; where that gives None, they are made."""
 
-    def __init__(self, lm: Any, answer: Callable[[list[dict[str, Any]], dict[str, Any]], list[Any]]) -> None:
+    def __init__(self, lm: ETSLM, answer: _Answer) -> None:
+        vars(self).update(vars(lm))
         self._lm = lm
         self._answer = answer
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lm, name)
+    def copy(self, **kwargs: Any) -> ETSLM:
+        return self._lm.copy(**kwargs)
 
-    def __call__(self, prompt: Any = None, *, messages: Any = None, **config: Any) -> list[Any]:
-        return self._answer(messages or [{"role": "user", "content": prompt}], config)
+    def __call__(self, prompt: Any = None, *, messages: Any = None, **config: Any) -> Any:
+        answer = self._answer(messages or [{"role": "user", "content": prompt}], config)
+        if answer is not None:
+            return answer
+        with dspy.context(send_stream=None):
+            return super().__call__(prompt, messages=messages, **config)
 
 
 class _Asked(BaseException):

@@ -7,6 +7,7 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 
 from ets_engine.hosted import ProposalRequest
 from ets_integrations.dspy import ETSLM, ETSReasoner, PlainAdapter
@@ -80,3 +81,87 @@ def test_adapters_that_call_as_dspys_do_are_planned_as_before(chat: Any) -> None
     engine = chat.scripted(lambda request, place: "The answer is 42.")
     with dspy.context(lm=ETSLM(service=engine), adapter=PlainAdapter()):
         assert ETSReasoner("question -> answer: int", **SMALL)(**QUESTION).answer == 42
+
+
+# ---------------------------------------------------------------------- adapters that ask on
+
+
+class Critic(dspy.ChatAdapter):
+    """Asks whether the answer is right, and takes the verdict for the reasoning."""
+
+    def __init__(self, as_messages: bool) -> None:
+        super().__init__()
+        self.as_messages = as_messages
+
+    def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> list[dict[str, Any]]:
+        (found,) = super().__call__(lm, lm_kwargs, signature, demos, inputs)
+        asked = {"question": f"Is {found['answer']} right? yes or no"}
+        if self.as_messages:
+            (verdict,) = dspy.ChatAdapter()(lm, {}, dspy.Signature("question -> answer"), [], asked)
+            return [{**found, "reasoning": verdict["answer"]}]
+        return [{**found, "reasoning": lm(asked["question"])[0]}]
+
+
+@pytest.mark.parametrize("mode", ["none", "rerank", "search", "async"])
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_a_second_question_goes_to_the_lm_once_for_each_answer(chat: Any, mode: Any, as_messages: bool) -> None:
+    def write(request: ProposalRequest, place: int) -> str:
+        asked = request.messages[-1]["content"]
+        if "yes or no" in asked:
+            verdict = "yes" if "42" in asked else "no"
+            return chat.marked(answer=verdict) if as_messages else verdict
+        return chat.marked(reasoning="So.", answer=40 + place)
+
+    engine = chat.scripted(write)
+    reward = {} if mode in ("none", "async") else {"reward_fn": is_right, "reward": mode}
+    reasoner = ETSReasoner("question -> answer: int", **SMALL, **reward)
+    with dspy.context(lm=ETSLM(service=engine, cache=False), adapter=Critic(as_messages)):
+        pred = asyncio.run(reasoner.acall(**QUESTION)) if mode == "async" else reasoner(**QUESTION)
+    verdicts = dict(zip(pred.completions.answer, pred.completions.reasoning, strict=True))
+    assert verdicts == {40: "no", 41: "no", 42: "yes", 43: "no"} and len(engine.script.requests) == 5
+    assert pred.answer == (42 if reward else 40)
+
+
+class Stubborn(dspy.ChatAdapter):
+    """Asks until it can read the answer."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        while True:
+            try:
+                return super().__call__(*args, **kwargs)
+            except AdapterParseError:
+                pass
+
+
+def test_an_answer_that_an_adapter_would_ask_for_again_is_dropped(chat: Any) -> None:
+    engine = chat.answering("forty", 42)
+    reasoner = ETSReasoner("question -> answer: int", **SMALL)
+    with dspy.context(lm=ETSLM(service=engine), adapter=Stubborn()):
+        assert reasoner(**QUESTION).completions.answer == [42]
+    assert len(engine.script.requests) == 1
+    with (
+        dspy.context(lm=ETSLM(service=chat.answering("forty", name="wordy")), adapter=Stubborn()),
+        pytest.raises(AdapterParseError, match="asked the same again"),
+    ):
+        reasoner(**QUESTION)
+
+
+class Guarded(dspy.ChatAdapter):
+    """Takes no odd answer."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        found = super().__call__(*args, **kwargs)
+        if found[0]["answer"] % 2:
+            raise ValueError("an odd answer")
+        return found
+
+
+def test_an_answer_for_which_an_adapter_raises_is_dropped(chat: Any) -> None:
+    reasoner = ETSReasoner("question -> answer: int", **SMALL)
+    with dspy.context(lm=ETSLM(service=chat.answering(40, 41, 42, 43)), adapter=Guarded()):
+        assert reasoner(**QUESTION).completions.answer == [40, 42]
+    with (
+        dspy.context(lm=ETSLM(service=chat.answering(41, name="odd")), adapter=Guarded()),
+        pytest.raises(ValueError, match="an odd answer"),
+    ):
+        reasoner(**QUESTION)
