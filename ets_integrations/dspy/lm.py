@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,18 @@ from ets_integrations.dspy.source import ServiceSource
 from ets_integrations.settings import resolve_config
 
 PREFIX = "ets/"
+
+
+class _OfInstances:
+    """A method for which the class shows `dspy.LM`'s own: a class with another one has no engine, as DSPy sees it."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return getattr(dspy.LM, self._method.__name__)
+        return self._method.__get__(instance, owner)
 
 
 class ETSLM(dspy.LM):
@@ -141,6 +153,18 @@ class ETSLM(dspy.LM):
         """As `dspy.LM`; a cancelled task stops its search."""
         with self._calling(prompt, kwargs) as prompt:
             return await super().acall(prompt, messages=messages, **kwargs)
+
+    @_OfInstances
+    def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        """As `dspy.LM`."""
+        with self._calling(prompt, kwargs) as prompt:
+            return super().forward(prompt, messages=messages, **kwargs)
+
+    @_OfInstances
+    async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        """As `dspy.LM`."""
+        with self._calling(prompt, kwargs) as prompt:
+            return await super().aforward(prompt, messages=messages, **kwargs)
 
     @contextmanager
     def _calling(self, prompt: Any, kwargs: dict[str, Any]) -> Iterator[Any]:

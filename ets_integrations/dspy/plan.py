@@ -22,6 +22,7 @@ from ets_integrations.dspy.request import SETTINGS
 from ets_integrations.dspy.response import read_turn
 from ets_integrations.dspy.reward import Rewards, RewardScorer
 from ets_integrations.dspy.view import ParsedView, plain_step, same_value, step_reader
+from ets_integrations.settings import verifier_name
 
 if TYPE_CHECKING:
     from ets_integrations.dspy.predict import ETSPredict
@@ -85,7 +86,8 @@ class Plan:
         body = {name: value for name, value in asked.items() if name not in _CONTROLS and value is not None}
         body["metadata"] = {**(asked.get("metadata") or {}), "ets": self._ets(scorer, view)}
         request = lm15.request_from_openai_chat({**body, "model": self.lm.model, "messages": self.messages})
-        if (scorer is not None and self.predict.verifier_name is None) or self._plain_view is None:
+        nameless_view = view is not None and self._view_name is None
+        if nameless_view or (scorer is not None and self.predict.verifier_name is None):
             options["cache"] = False
 
         def stop_when_solved(event: SearchEvent) -> None:
@@ -182,7 +184,7 @@ class Plan:
             kind = type(self.adapter)
             fields = {name: str(one.annotation) for name, one in self.rendered.output_fields.items()}
             ets["view"] = {"adapter": f"{kind.__module__}.{kind.__qualname__}", "fields": fields}
-            ets["view"]["reads"] = id(self.adapter) if self._plain_view is None else self._plain_view
+            ets["view"]["reads"] = id(self.adapter) if self._view_name is None else self._view_name
         return self.lm.complete_search(ets)
 
     @property
@@ -191,8 +193,10 @@ class Plan:
         return (self.config.get("metadata") or {}).get("ets")
 
     @property
-    def _plain_view(self) -> str | None:
-        """What tells the adapter's own view from others, None where nothing does."""
+    def _view_name(self) -> str | None:
+        """What tells how the adapter reads answers from how others of its class do, None where nothing does."""
+        if not type(self.adapter).parse.__module__.startswith(("dspy.adapters.", PlainAdapter.__module__)):
+            return verifier_name(self.adapter)
         return self.adapter.view_name if isinstance(self.adapter, PlainAdapter) else ""
 
     def _for_rewards(self, settings: dict[str, Any]) -> dict[str, Any]:

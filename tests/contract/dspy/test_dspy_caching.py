@@ -58,6 +58,26 @@ def test_an_answer_that_was_cut_off_is_not_for_the_next_one(chat: Any, is_async:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_an_answer_that_was_cut_off_behind_forward_is_for_no_door(chat: Any, is_async: bool) -> None:
+    def ask_forward() -> str:
+        asked = {"messages": [{"role": "user", "content": "20+22?"}]}
+        response = asyncio.run(lm.aforward(**asked)) if is_async else lm.forward(**asked)
+        return response.choices[0].message.content
+
+    pace = Pace()
+    engine = chat.scripted(lambda request, place: "One.\n\nTwo.\n\nThe answer is 42.", verifier=pace.wait)
+    lm = ETSLM(service=engine, search={**SMALL, "deadline_s": 0.2})
+    assert "42" not in ask_forward()
+    pace.is_slow = False
+    assert "42" in ask(lm, is_async)[0] and "42" in ask_forward()
+    assert len(engine.script.requests) == 2, "what was finished is for every door"
+
+
+def test_forward_is_dspys_where_dspy_looks_for_it() -> None:
+    assert ETSLM.forward is dspy.LM.forward and ETSLM.aforward is dspy.LM.aforward
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_a_deadline_before_the_first_word_is_an_error_and_not_retried(chat: Any, is_async: bool) -> None:
     def write(request: ProposalRequest, place: int) -> str:
         time.sleep(0.1)
@@ -132,6 +152,33 @@ def test_adapters_of_one_name_in_two_modules_share_nothing(chat: Any) -> None:
         with dspy.context(lm=lm, adapter=adapter):
             assert ETSReasoner("question -> answer")(**QUESTION).answer == expected
     assert len(engine.script.requests) == 2
+
+
+class Signed(dspy.ChatAdapter):
+    """Reads an answer, or whether it is odd."""
+
+    def __init__(self, is_odd: bool, name: str | None) -> None:
+        super().__init__()
+        self.is_odd = is_odd
+        if name is not None:
+            self.id = name
+
+    def parse(self, signature: Any, completion: str) -> dict[str, Any]:
+        fields = super().parse(signature, completion)
+        return {**fields, "answer": fields["answer"] % 2 if self.is_odd else fields["answer"]}
+
+
+@pytest.mark.parametrize(("names", "searches"), [(("plain", "odd"), 2), ((None, None), 4)], ids=["named", "nameless"])
+def test_adapters_of_one_class_that_read_otherwise_share_nothing(chat: Any, names: Any, searches: int) -> None:
+    engine = chat.answering(40, 41, 41, 42)
+    lm = ETSLM(service=engine, search={**SMALL, "vote": "majority"})
+    reasoner = ETSReasoner("question -> answer: int")
+    adapters = [Signed(is_odd, name) for is_odd, name in zip((False, True), names, strict=True)]
+    for _ in range(2):
+        for adapter, expected in zip(adapters, ([41, 40, 42], [0, 1]), strict=True):
+            with dspy.context(lm=lm, adapter=adapter):
+                assert reasoner(**QUESTION).completions.answer == expected
+    assert len(engine.script.requests) == searches
 
 
 # ---------------------------------------------------------------------- no cache, no sharing
