@@ -29,8 +29,9 @@ _TAG = re.compile(r"`<(\w+)>`")
 _ELEMENT = re.compile(r"^<(\w+)>\n(.*?)\n</\1>$", re.MULTILINE | re.DOTALL)
 _QUOTED = re.compile(r"`(\w+)`")
 _ALLOWS_NULL = re.compile(
-    r"` \(must be formatted as a valid Python (?:(?:Union|Optional|Literal)\[[^`]*None|Any)[^`]*$"
+    r"` \(must be formatted as a valid Python (?:(?:Union|Optional|Literal)\[[^`]*\bNone(?:Type)?\b|Any)[^`]*$"
 )
+_CHOICE = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")  # a text among those of a Literal
 _DIGIT = re.compile(r"\d")
 _LONGEST_VALUE = 60  # characters of what may be a number or a formula
 
@@ -95,6 +96,11 @@ class JSONView:
 class XMLView:
     r"""`StepView` of answers that are XML elements: all fields must be there, the last one is the answer.
 
+    Args:
+        fields: The fields.
+        may_be_empty: Whether an element without content is an answer, as it is for a list. That one may stand for None
+            is not seen from a prompt.
+
     Example:
         >>> view = XMLView(("reasoning", "answer"))
         >>> view.answer("1+1?", "<reasoning>1 and 1.</reasoning>\n\n<answer>\n2\n</answer>")
@@ -103,9 +109,10 @@ class XMLView:
         True
     """
 
-    def __init__(self, fields: Sequence[str]) -> None:
+    def __init__(self, fields: Sequence[str], may_be_empty: bool = False) -> None:
         """See the class."""
         self._fields = tuple(fields)
+        self._may_be_empty = may_be_empty
 
     def answer(self, problem: str, text: str) -> str | None:
         """The last field as text, None where a field is missing or the text is no XML."""
@@ -115,7 +122,8 @@ class XMLView:
             return None
         if any(field not in found for field in self._fields):
             return None
-        return to_answer(_content(found[self._fields[-1]]))
+        content = _content(found[self._fields[-1]])
+        return to_answer(content or ([] if self._may_be_empty else ""))
 
     def same(self, left: str, right: str) -> bool:
         """See `same_value`."""
@@ -197,9 +205,10 @@ def infer_view(messages: Sequence[Message]) -> StepView | None:
         return FieldView(fields) if fields else None
     if found := _ASKS_JSON.search(asked):
         fields = _QUOTED.findall(found[0])
-        return JSONView(fields, _ALLOWS_NULL.search(found[0]) is not None) if fields else None
+        return JSONView(fields, _ALLOWS_NULL.search(_CHOICE.sub("", found[0])) is not None) if fields else None
     if found := _ASKS_XML.search(asked):
-        return XMLView(_TAG.findall(found[0]))
+        fields = _TAG.findall(found[0])
+        return XMLView(fields, f"<{fields[-1]}><item>" in found[0]) if fields else None
     return None
 
 
@@ -313,9 +322,11 @@ def _ordered(value: Any) -> Any:
 
 
 def _content(element: ElementTree.Element) -> Any:
-    """What is in an element: its text, or the elements in it by name, in their order."""
-    inner = [[one.tag, _content(one)] for one in element]
-    return inner or (element.text or "").strip()
+    """What is in an element: its text, tags within it included, or the elements in it by name, in their order."""
+    texts = [element.text, *(one.tail for one in element)]
+    if any(text and text.strip() for text in texts):
+        return "".join([element.text or "", *(ElementTree.tostring(one, "unicode") for one in element)]).strip()
+    return [[one.get("key", one.tag), _content(one)] for one in element] or ""
 
 
 def _shown(steps: Sequence[str], read_step: StepReader) -> list[str]:

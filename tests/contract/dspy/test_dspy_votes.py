@@ -24,7 +24,10 @@ def test_nothing_is_an_answer_where_the_type_allows_it(chat: Any) -> None:
     assert pred.completions.answer == [None, 5]
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("Optional[int]", None), ("int | None", None), ("int", 5)])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("Optional[int]", None), ("int | None", None), ("int", 5), ("Literal[5, None]", None), ("Literal[5, 'None']", 5)],
+)
 def test_a_json_null_is_an_answer_where_the_type_allows_it(chat: Any, kind: str, expected: int | None) -> None:
     engine = chat.scripted(lambda request, place: json.dumps({"answer": None if place < 3 else 5}))
     with dspy.context(lm=ETSLM(service=engine, search=SMALL), adapter=dspy.JSONAdapter()):
@@ -81,6 +84,35 @@ def test_nested_xml_votes_by_its_values(chat: Any) -> None:
     with dspy.context(lm=lm, adapter=dspy.XMLAdapter()):
         assert dspy.Predict("question -> answer: list[str]")(**QUESTION).answer == ["1", "2"]
     assert [one["votes"] for one in lm.history[-1]["response"].provider_data["ets"]["candidates"]] == [2, 1]
+
+
+def test_text_around_xml_elements_counts(chat: Any) -> None:
+    items = ["x<sup>2</sup>", "y<sup>2</sup>", "<b />y<sup>2</sup> + 1", "y<sup>2</sup>"]
+    lm = ETSLM(service=chat.scripted(lambda request, place: f"<answer>\n{items[place]}\n</answer>"), search=SMALL)
+    with dspy.context(lm=lm, adapter=dspy.XMLAdapter()):
+        assert dspy.Predict("question -> answer")(**QUESTION).answer.strip() == "y<sup>2</sup>"
+    candidates = lm.history[-1]["response"].provider_data["ets"]["candidates"]
+    assert [(one["answer"], one["votes"]) for one in candidates] == [(items[1], 2), (items[0], 1), (items[2], 1)]
+
+
+def test_entries_of_an_xml_mapping_are_told_apart_by_their_keys(chat: Any) -> None:
+    keys = ["a-1", "b-1", "b-1", "b-1"]
+    texts = [f'<answer><entry key="{one}">7</entry></answer>' for one in keys]
+    lm = ETSLM(service=chat.scripted(lambda request, place: texts[place]), search=SMALL)
+    with dspy.context(lm=lm, adapter=dspy.XMLAdapter()):
+        assert dspy.Predict("question -> answer: dict[str, int]")(**QUESTION).answer == {"b-1": 7}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("list[str]", []), ("Optional[list[str]]", None), ("str", "<item>7</item>")]
+)
+def test_an_xml_element_without_content_is_an_answer_where_a_list_is_asked(chat: Any, kind: str, expected: Any) -> None:
+    texts = ["<answer><item>7</item></answer>", "<answer />", "<answer></answer>", "<answer>\n</answer>"]
+    lm = ETSLM(service=chat.scripted(lambda request, place: texts[place]), search=SMALL)
+    with dspy.context(lm=lm, adapter=dspy.XMLAdapter()):
+        assert dspy.Predict(f"question -> answer: {kind}")(**QUESTION).answer == expected
+    votes = [one["votes"] for one in lm.history[-1]["response"].provider_data["ets"]["candidates"]]
+    assert votes == ([3, 1] if kind != "str" else [1])
 
 
 @pytest.mark.parametrize("whose", ["the LM's", "the service's own", "a step reward"])
