@@ -80,10 +80,7 @@ class ETSLM(dspy.LM):
         **kwargs: Any,
     ) -> None:
         """See the class."""
-        if effort is not None and reasoning_effort is not None and effort != reasoning_effort:
-            raise ConfigError(
-                f"effort={effort!r} and reasoning_effort={reasoning_effort!r} say the same thing; give one"
-            )
+        effort = one_effort(effort, reasoning_effort)
         if isinstance(verifier, str) and service is not None:
             raise ConfigError(
                 f"verifier={verifier!r}: service={service!r:.60} has its own; pass a function, or a model"
@@ -91,7 +88,7 @@ class ETSLM(dspy.LM):
         refuse_search_settings(kwargs)
         source = ServiceSource(model.removeprefix(PREFIX), verifier, service)
         own = {one: kwargs[one] for one in ("temperature", "max_tokens") if kwargs.get(one) is not None}
-        settings = dump_search(search, effort=effort or reasoning_effort, seed=seed, **own)
+        settings = dump_search(search, effort=effort, seed=seed, **own)
         ets = {"model": source.name, "verifier": source.verifier_name, "search": settings}
         self._ets = ets
         kwargs["metadata"] = {**(kwargs.get("metadata") or {}), "ets": ets}
@@ -121,17 +118,23 @@ class ETSLM(dspy.LM):
         return {"metadata": {**self._metadata, "ets": ets}, **own}
 
     def copy(
-        self, *, search: SearchConfig | Mapping[str, Any] | None = None, effort: str | None = None, **kwargs: Any
+        self,
+        *,
+        search: SearchConfig | Mapping[str, Any] | None = None,
+        effort: str | None = None,
+        reasoning_effort: str | None = None,
+        **kwargs: Any,
     ) -> ETSLM:
-        """As `dspy.LM`; `search` and `effort` change some of the search settings.
+        """As `dspy.LM`; `search` and an effort, under either name, change some of the search settings.
 
         Raises:
             ConfigError: A setting is unknown or out of range.
         """
         refuse_search_settings(kwargs)
         copied = super().copy(**kwargs)
-        if search is not None or effort is not None:
-            copied.kwargs |= copied.search(effort=effort, **said(search))
+        changes = {name: value for name, value in said(search).items() if kwargs.get(name) is None}
+        copied.kwargs |= copied.search(effort=one_effort(effort, reasoning_effort), **changes)
+        copied._ets = copied.kwargs["metadata"]["ets"]
         return copied
 
     def complete_search(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,6 +263,17 @@ def said(search: SearchConfig | Mapping[str, Any] | None) -> dict[str, Any]:
         {'width': 8}
     """
     return search.model_dump(exclude_unset=True) if isinstance(search, SearchConfig) else dict(search or {})
+
+
+def one_effort(effort: str | None, reasoning_effort: str | None) -> str | None:
+    """The effort that is said, under DSPy's name or this library's.
+
+    Raises:
+        ConfigError: Both are said, and differ.
+    """
+    if effort is not None and reasoning_effort is not None and effort != reasoning_effort:
+        raise ConfigError(f"effort={effort!r} and reasoning_effort={reasoning_effort!r} say the same thing; give one")
+    return effort if effort is not None else reasoning_effort
 
 
 def override(effort: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError
+from ets_engine.registry import register_service
 from ets_integrations.dspy import ETSLM, ETSPredict, ETSReasoner
 
 QUESTION = {"question": "What is 20+22?"}
@@ -121,6 +122,50 @@ def test_copies_may_search_otherwise(chat: Any) -> None:
     assert copied.kwargs["metadata"]["run"] == "7" and copied.search(width=2)["metadata"]["ets"]["search"]["width"] == 2
     with pytest.raises(ConfigError, match="width=0"):
         lm.copy(search={"width": 0})
+
+
+COPIES: dict[str, tuple[Callable[[ETSLM], ETSLM], int]] = {
+    "other metadata": (lambda lm: lm.copy(search={"width": 2}).copy(metadata={"user": "x"}), 2),
+    "no metadata": (lambda lm: lm.copy(search={"width": 2}).copy(metadata=None), 2),
+    "metadata of a search": (lambda lm: lm.copy(**lm.search(width=2)).copy(metadata={"user": "x"}), 2),
+    "DSPy's effort": (lambda lm: lm.copy(reasoning_effort="high"), 64),
+    "a later effort": (lambda lm: lm.copy(reasoning_effort="high").copy(effort="low"), 4),
+    "a later width": (lambda lm: lm.copy(reasoning_effort="high").copy(search={"width": 2}), 2),
+    "a width beside it": (lambda lm: lm.copy(reasoning_effort="high", search={"width": 2}), 2),
+    "the same effort twice": (lambda lm: lm.copy(effort="high", reasoning_effort="high"), 64),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_what_was_said_last_of_a_copys_width_counts(chat: Any, how: str) -> None:
+    make, width = COPIES[how]
+    text = chat.marked(reasoning="So.", answer=42)
+    engine = chat.scripted(lambda request, place: text, name="registered")
+    register_service("registered", engine)
+    copied = make(ETSLM(service="registered", search=SMALL, cache=False))
+    saved = dspy.BaseLM.load_state(copied.dump_state(), allow_custom_lm_class=True)
+    for lm in (copied, saved):
+        lm("hello")
+        lm("hello", **lm.search(width=3))
+        ETSReasoner("question -> answer", width=5)(**QUESTION, lm=lm)
+    assert [one.config.width for one in engine.script.requests] == [width, 3, 5] * 2
+
+
+def test_efforts_that_differ_are_refused_by_a_copy_too(chat: Any) -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        ETSLM(service=chat.answering(42)).copy(effort="low", reasoning_effort="high")
+
+
+def test_dspys_own_parameters_of_a_copy_go_before_its_search_settings(chat: Any) -> None:
+    engine = chat.scripted(lambda request, place: "42")
+    lm = ETSLM(service=engine, search=SMALL, cache=False)
+    said = {"temperature": 0.9, "top_p": 0.5, "seed": 3, "stop": ["A"]}
+    copied = lm.copy(**said, search={"temperature": 0.5, "top_p": 0.1, "seed": 7, "stop": ["B"], "max_tokens": 9})
+    for one in (copied, copied.copy(search={"temperature": 0.2})):
+        one("hello")
+    first, second = (one.config for one in engine.script.requests)
+    assert {name: getattr(first, name) for name in said} == {**said, "stop": ("A",)} and first.max_tokens == 9
+    assert (second.temperature, second.top_p) == (0.2, 0.5)
 
 
 # ---------------------------------------------------------------------- tools and saving
