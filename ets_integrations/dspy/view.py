@@ -98,8 +98,8 @@ class XMLView:
 
     Args:
         fields: The fields.
-        may_be_empty: Whether an element without content is an answer, as it is for a list. That one may stand for None
-            is not seen from a prompt.
+        may_be_empty: Whether an element without content is an answer, as it is for a list. Where one stands for None,
+            the request does not say so, and it does not vote.
 
     Example:
         >>> view = XMLView(("reasoning", "answer"))
