@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -166,16 +166,22 @@ class Replicas:
     def map(self, call: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
         """Results of `call` for all items, side by side; a `ServerError` is a result, in the place of its item.
 
-        All calls run with this call's context variables, and so know the search that asks.
+        All calls run with this call's context variables, and so know the search that asks. Once that is to end, nobody
+        waits for them any more, and an `AbandonedError` stands in the place of each that is not done.
         """
 
-        def guarded(context: contextvars.Context, item: T) -> Any:
+        def guarded(item: T) -> Any:
             try:
-                return context.run(call, item)
+                return call(item)
             except ServerError as error:
                 return error
 
-        return list(self._pool.map(guarded, [contextvars.copy_context() for _ in items], items))
+        futures = [self._pool.submit(contextvars.copy_context().run, guarded, item) for item in items]
+        try:
+            return [_wait_for(future) for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def close(self) -> None:
         """Wait for the requests in flight, and close all connections."""
@@ -233,6 +239,13 @@ class Replicas:
             if error.is_down:
                 return
         due.down_until_s = 0.0
+
+
+def _wait_for(future: Future[Any]) -> Any:
+    """Its result, or an `AbandonedError` if the search that asks ends first."""
+    while not future.done() and (left_s := remaining_s()) > 0:
+        wait([future], min(left_s, _NAP_S))
+    return future.result() if future.done() else AbandonedError("the search ended before a request was done")
 
 
 def digest(text: str) -> str:

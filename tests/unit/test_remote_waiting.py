@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -87,6 +88,31 @@ class Model:
 def of(path: str, fault: Fault, *, after: Callable[[], bool] = lambda: True) -> Fault:
     """A fault of one page alone, from some moment on."""
     return lambda request: fault(request) if request.url.path == path and after() else None
+
+
+class Gate:
+    """A fault that lasts until it is opened: requests wait there.
+
+    Attributes:
+        is_reached: Whether a request waits, or did.
+    """
+
+    def __init__(self) -> None:
+        self._opened = threading.Event()
+        self.is_reached = threading.Event()
+
+    def __call__(self, request: httpx.Request) -> None:
+        self.is_reached.set()
+        self._opened.wait(2 * SOON_S)
+
+    @contextlib.contextmanager
+    def holds(self) -> Iterator[None]:
+        """Open it at the end; a request waits there from the beginning."""
+        assert self.is_reached.wait(SOON_S)
+        try:
+            yield
+        finally:
+            self._opened.set()
 
 
 def judge(problem: str, steps: Sequence[str]) -> float:
@@ -178,22 +204,47 @@ def test_who_has_no_time_leaves_no_replica_aside() -> None:
     replicas.close()
 
 
+def ends_soon(engine: Any, end: str) -> bool:
+    """Whether a search that cannot go on ends for want of time, or because somebody no longer wants it."""
+    cancel, began_s = threading.Event(), time.monotonic()
+    if end == "cancelled":
+        threading.Timer(0.3, cancel.set).start()
+    result = engine.search(PROBLEM, small(deadline_s=0.3 if end == "deadline" else None), cancel=cancel)
+    return result.finish_reason == end and time.monotonic() - began_s < SOON_S
+
+
+@pytest.mark.parametrize("end", ["deadline", "cancelled"])
+def test_no_search_waits_for_room_behind_another_for_longer_than_it_goes_on(end: str) -> None:
+    model, gate = Model(), Gate()
+    with reach(model, max_concurrent_requests=1) as engine:
+        engine.search(PROBLEM, small(max_steps=1))
+        model.fault = of("/v1/completions", gate)
+        other = engine.submit(PROBLEM, small(max_steps=2))
+        with gate.holds():
+            assert ends_soon(engine, end)
+        assert other.result().text == "so\n" * 2
+
+
 def test_what_is_left_of_a_search_is_known_to_all_that_it_asks() -> None:
     cancel, seen = threading.Event(), list[float]()
     replicas = Replicas([Server("http://a/v1")])
 
+    def end(item: int) -> None:
+        cancel.set()
+        seen.append(remaining_s())
+
     def propose(request: ProposalRequest) -> list[Step]:
         seen.extend([remaining_s(), *replicas.map(lambda item: remaining_s(), [1, 2])])
-        cancel.set()
-        seen.extend([remaining_s(), *replicas.map(lambda item: remaining_s(), [1, 2])])
+        replicas.map(end, [1])
+        seen.append(remaining_s())
         return [Step("so ", 1) for _ in request.partials]
 
     with HostedEngine(propose, judge, name="curious") as engine:
         engine.search(PROBLEM, small(), cancel=cancel)
-        assert seen == [math.inf] * 3 + [0.0] * 3
+        assert seen == [math.inf] * 3 + [0.0] * 2
         cancel.clear()
         engine.search(PROBLEM, small(deadline_s=60), cancel=cancel)
-        assert all(0 < left_s < 60 for left_s in seen[6:9]) and seen[9:] == [0.0] * 3
+        assert all(0 < left_s < 60 for left_s in seen[5:8]) and seen[8:] == [0.0] * 2
     assert remaining_s() == math.inf
     replicas.close()
 
