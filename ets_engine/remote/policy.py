@@ -28,7 +28,7 @@ from ets_engine.remote.capabilities import (
     usage_of,
 )
 from ets_engine.remote.prompts import PromptWriter, RemotePrompt
-from ets_engine.remote.replicas import Replicas, digest
+from ets_engine.remote.replicas import Replicas, digest, held
 from ets_engine.remote.server import AbandonedError, ServerError
 from ets_engine.types import Step, StopReason
 
@@ -118,8 +118,9 @@ class RemotePolicy:
         Raises:
             ServerError: It cannot be asked. For a few seconds all others who ask are told so at once, so that not each
                 of them tries in its turn.
+            AbandonedError: The search that asks ended first.
         """
-        with self._lock:
+        with held(self._lock):
             if self._known is None:
                 if self._failure is not None and time.monotonic() < self._failed_s + _FAILURE_KEPT_S:
                     raise copy.copy(self._failure)

@@ -13,7 +13,7 @@ from ets_engine.hosted import estimate_tokens
 from ets_engine.messages import Message, last_user_text, split_reply
 from ets_engine.models.shapes import first_heard
 from ets_engine.remote.capabilities import Capabilities
-from ets_engine.remote.replicas import Replicas
+from ets_engine.remote.replicas import Replicas, held
 from ets_engine.remote.server import ServerError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class PromptWriter:
             ServerError: The server cannot be asked.
         """
         key = json.dumps([list(map(dict, messages)), list(map(dict, tools))], default=str)
-        with self._lock:
+        with held(self._lock):
             self._prepare()
             found = self._written.get(key)
         if found is None:
@@ -113,7 +113,7 @@ class PromptWriter:
             ConfigError: There is no way to write them; the message says what to pass.
             ServerError: The server cannot be asked.
         """
-        with self._lock:
+        with held(self._lock):
             self._prepare()
         if self._template == PLAIN:
             how = "the problem on a line of its own"

@@ -8,8 +8,9 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,6 +33,22 @@ def rest(duration_s: float) -> None:
     end_s = time.monotonic() + duration_s
     while (left_s := min(end_s - time.monotonic(), remaining_s())) > 0:
         time.sleep(min(left_s, _NAP_S))
+
+
+@contextmanager
+def held(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock under which another search may wait for a server.
+
+    Raises:
+        AbandonedError: The search that asks ended before it was free.
+    """
+    while not lock.acquire(timeout=min(_NAP_S, remaining_s())):
+        if remaining_s() <= 0:
+            raise AbandonedError("the search ended before the server was known")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -223,6 +224,18 @@ def test_no_search_waits_for_room_behind_another_for_longer_than_it_goes_on(end:
         with gate.holds():
             assert ends_soon(engine, end)
         assert other.result().text == "so\n" * 2
+
+
+@pytest.mark.parametrize("end", ["deadline", "cancelled"])
+@pytest.mark.parametrize("first", ["search", "describe"])
+def test_no_search_waits_for_what_another_finds_out_for_longer_than_it_goes_on(first: str, end: str) -> None:
+    gate = Gate()
+    with reach(Model(of("/v1/completions", gate))) as engine, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: engine.describe() if first == "describe" else engine.search(PROBLEM, small()))
+        with gate.holds():
+            assert ends_soon(engine, end)
+        assert other.result()
+        assert engine.search(PROBLEM, small(max_steps=2)).text == "so\n" * 2
 
 
 def test_what_is_left_of_a_search_is_known_to_all_that_it_asks() -> None:
