@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -241,21 +241,25 @@ class Replicas:
         return idlest if near.load > idlest.load + _SLACK else near
 
     def _revive(self) -> None:
-        """Ask one replica whose time is up whether it lives, before anybody else may."""
+        """Have replicas whose time is up asked whether they live; they get no requests until then, and nobody waits."""
         now_s = self._clock()
         with self._lock:
             if len(self._replicas) == 1:
                 return
-            due = next((one for one in self._replicas if 0 < one.down_until_s <= now_s), None)
-            if due is None:
-                return
-            due.down_until_s = now_s + self._cooldown_s  # the others leave it aside meanwhile
+            due = [replica for replica in self._replicas if 0 < replica.down_until_s <= now_s]
+            for replica in due:
+                replica.down_until_s = now_s + self._cooldown_s
+        with suppress(RuntimeError):  # closed meanwhile
+            for replica in due:
+                self._pool.submit(self._ping, replica)
+
+    def _ping(self, replica: _Replica) -> None:
         try:
-            due.server.get("/models", min(_PING_S, remaining_s()))
+            replica.server.get("/models", _PING_S)
         except ServerError as error:
             if error.is_down:
                 return
-        due.down_until_s = 0.0
+        replica.down_until_s = 0.0
 
 
 def _wait_for(future: Future[Any]) -> Any:

@@ -238,6 +238,35 @@ def test_no_search_waits_for_what_another_finds_out_for_longer_than_it_goes_on(f
         assert engine.search(PROBLEM, small(max_steps=2)).text == "so\n" * 2
 
 
+@pytest.mark.usefixtures("took")
+def test_no_search_waits_while_a_replica_that_was_dead_is_asked() -> None:
+    model, gate, now = Model(), Gate(), [0.0]
+    servers = [Server(f"http://{host}/v1", transport=httpx.MockTransport(model)) for host in "ab"]
+    replicas = Replicas(servers, cooldown_s=30, clock=lambda: now[0])
+
+    def propose(request: ProposalRequest) -> list[Step]:
+        replicas.post("/completions", {"prompt": PROBLEM})
+        return [Step("The answer is 2.", 5, StopReason.FINISHED) for _ in request.partials]
+
+    def fails_once(request: httpx.Request) -> None:
+        model.fault = of("/v1/models", gate)
+        raise Answer(503)
+
+    model.fault = fails_once
+    with HostedEngine(propose, judge, name="two replicas") as engine:
+        engine.search(PROBLEM, small())
+        assert model.hosts == ["a", "b"]
+        now[0] = 31.0
+        assert engine.search(PROBLEM, small(deadline_s=0.5)).answer == "2"
+        with gate.holds():
+            assert engine.search(PROBLEM, small(deadline_s=0.5)).answer == "2"
+        assert sorted(model.hosts) == ["a", "a", "b", "b", "b"]
+        while model.hosts[-1] != "a" and len(model.hosts) < 1000:
+            engine.search(PROBLEM, small())
+        assert model.hosts[-1] == "a"  # it has answered, so it gets requests again
+    replicas.close()
+
+
 def test_what_is_left_of_a_search_is_known_to_all_that_it_asks() -> None:
     cancel, seen = threading.Event(), list[float]()
     replicas = Replicas([Server("http://a/v1")])
