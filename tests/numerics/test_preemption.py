@@ -184,7 +184,7 @@ def test_who_waits_for_a_search_without_room_gives_it_its_own(
     config = settings(width=4, max_steps=40, max_tokens=200)
     first = small.submit(PROBLEMS[0], config)
     second = small.submit(PROBLEMS[1], settings(), verifier=lambda problem, steps: first.result(timeout=30).score)
-    assert second.result(timeout=60).trajectories and dropped
+    assert second.result(timeout=60).finish_reason == "length" and dropped
     with make(folders) as other:
         assert Essence(first.result()) == Essence(other.search(PROBLEMS[0], config))
     settle(small)
