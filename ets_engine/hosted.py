@@ -18,11 +18,20 @@ from ets_engine.config import SearchConfig
 from ets_engine.errors import ConfigError, EngineClosedError, EngineError
 from ets_engine.lexical import HashEmbedder
 from ets_engine.messages import Message, Prompt, problem_text, to_messages
-from ets_engine.protocols import Cancel, Embedder, SearchOptions, SearchService, StepView, Verifier, check_options
+from ets_engine.protocols import (
+    Cancel,
+    Embedder,
+    OnEvent,
+    SearchOptions,
+    SearchService,
+    StepView,
+    Verifier,
+    check_options,
+)
 from ets_engine.results import EndedEarly, build_result
 from ets_engine.scorers import CallableVerifier, EqualVerifier, EvidenceScorer, Scorer
 from ets_engine.search import SearchTree, StopSearch, needs_scores, run, search
-from ets_engine.types import KVStats, SearchResult, Step, StopReason, Timing
+from ets_engine.types import KVStats, SearchEvent, SearchResult, Step, StopReason, Timing
 
 CHARACTERS_PER_TOKEN = 4  # a usual figure for English, where nobody counts
 
@@ -287,7 +296,7 @@ class HostedEngine:
                 policy,
                 verifier,
                 self._embedder,
-                on_event=options.get("on_event"),
+                on_event=_outside(options.get("on_event"), outer_s),
                 should_stop=job.wants_to_stop,
             )
         finally:
@@ -314,6 +323,21 @@ class HostedEngine:
             message = f"{self.name!r} failed on every branch, first with: {policy.error}"
             raise EngineError(message) from policy.raised
         return result
+
+
+def _outside(on_event: OnEvent | None, outer_s: Callable[[], float]) -> OnEvent | None:
+    """A listener whose own searches have nothing to do with the deadline of the one that it listens to."""
+    if on_event is None:
+        return None
+
+    def tell(event: SearchEvent) -> None:
+        limit = _REMAINING_S.set(outer_s)
+        try:
+            on_event(event)
+        finally:
+            _REMAINING_S.reset(limit)
+
+    return tell
 
 
 def _find_registered(name: str) -> SearchService:

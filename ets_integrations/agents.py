@@ -19,7 +19,7 @@ from ets_engine.scorers import CallableVerifier, Scorer
 from ets_integrations.langchain.chat import ChatETS
 from ets_integrations.langchain.inner_calls import INNER
 from ets_integrations.langchain.messages import from_langchain
-from ets_integrations.langchain.settings import CALL_SETTINGS
+from ets_integrations.langchain.settings import CALL_SETTINGS, FIXED
 
 _OWN_SETTINGS = frozenset("model temperature top_p top_k min_p max_tokens seed timeout effort stop".split())
 """What an agent's settings say of its own model, and would mean something else to a search."""
@@ -95,7 +95,7 @@ class ETSMiddleware(AgentMiddleware[Any, Any, Any]):
         super().__init__()
         self.tools = []
         self._name = name
-        self._not_for_it = _OWN_SETTINGS | settings.keys()
+        self._not_for_it = _OWN_SETTINGS | FIXED.keys() | settings.keys()
         self._model = model.with_search(settings)  # refuses what no search could honour
         self._when = when
         self._may_call = tools

@@ -76,8 +76,9 @@ def limit_batch(config: Configs, most: int | None) -> Configs:
         return config
     if isinstance(config, Sequence):
         return [_limit(one, most) for one in config]
-    return _limit(config or {}, most)
+    return _limit(config, most)
 
 
-def _limit(config: RunnableConfig, most: int) -> RunnableConfig:
+def _limit(config: RunnableConfig | None, most: int) -> RunnableConfig:
+    config = config or {}
     return config if config.get("max_concurrency") else {**config, "max_concurrency": SearchLimit(most)}

@@ -84,7 +84,7 @@ class ETSRunnable(SearchBatches, RunnableSerializable[Any, SearchResult]):
             return_exceptions: Whether what one question raises stands in its place, instead of being raised.
             kwargs: Settings of these searches.
         """
-        first = next(iter(config), None) if isinstance(config, list) else config
+        first = config if config is None or isinstance(config, Mapping) else next(iter(config), None)
         most = ensure_config(first).get("max_concurrency")  # LangChain reads the first one's too
         most = None if isinstance(most, SearchLimit) else most
         return self._batch_with_config(
@@ -143,6 +143,7 @@ class ETSRunnable(SearchBatches, RunnableSerializable[Any, SearchResult]):
         self,
         questions: list[Question],
         run_manager: list[CallbackManagerForChainRun],
+        config: list[RunnableConfig],
         most: int | None,
         settings: Mapping[str, Any],
     ) -> list[SearchResult | Exception]:
@@ -156,7 +157,8 @@ class ETSRunnable(SearchBatches, RunnableSerializable[Any, SearchResult]):
             while running or len(begun) < len(questions):
                 if running < most and (place := len(begun)) < len(questions):
                     tell = partial(_tell, told, place)
-                    begun.append(self._begin(questions[place], run_manager[place], settings, tell, cancels[place]))
+                    run = run_manager[place], config[place]
+                    begun.append(self._begin(questions[place], run, settings, tell, cancels[place]))
                     running += isinstance(begun[-1], Future)
                     continue
                 place, event = told.get()
@@ -177,14 +179,14 @@ class ETSRunnable(SearchBatches, RunnableSerializable[Any, SearchResult]):
     def _begin(
         self,
         question: Question,
-        run_manager: CallbackManagerForChainRun,
+        run: tuple[CallbackManagerForChainRun, RunnableConfig],
         settings: Mapping[str, Any],
         tell: Callable[[SearchEvent | None], None],
         cancel: Event,
     ) -> Future[SearchResult] | Exception:
         """A search that tells its events, and None at its end; or why there is none."""
         try:
-            with within(run_manager) as context:
+            with within(run[0], config=run[1]) as context:
                 future = context.run(self._submit(question, settings), tell, cancel)
         except Exception as error:
             return error

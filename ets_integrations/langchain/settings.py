@@ -25,7 +25,7 @@ T = TypeVar("T")
 CALL_SETTINGS = (*SearchConfig.model_fields, "effort", "timeout")
 """What may be given per call."""
 
-_FIXED = {
+FIXED = {
     **dict.fromkeys(("verifier", "engine", "output"), "give it to the constructor"),
     "search": "give its settings by their own names",
     "model_name": "say model",
@@ -237,8 +237,8 @@ def _check_changes(names: Iterable[str]) -> None:
         ConfigError: One is misspelt, or is for the constructor.
     """
     for name in names:
-        if name in _FIXED:
-            raise ConfigError(f"{name}= is no setting of a call; {_FIXED[name]}")
+        if name in FIXED:
+            raise ConfigError(f"{name}= is no setting of a call; {FIXED[name]}")
         if name not in CALL_SETTINGS and _guess(name) is not None:
             raise ConfigError(f"no setting of a call is named {_with_guess(name)}")
 

@@ -75,7 +75,7 @@ class RunnableVerifier:
             return math.nan if mark is None else mark
         try:
             score = float(found) / self._scale
-        except (TypeError, ValueError):  # an exception, or no number
+        except (TypeError, ValueError, OverflowError):  # an exception, or no number
             return math.nan
         return score if 0.0 <= score <= 1.0 else math.nan
 

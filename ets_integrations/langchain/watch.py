@@ -61,7 +61,7 @@ async def awatch(
         with suppress(RuntimeError):  # the loop was closed: nobody waits any more
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    with within(run_manager) as context:
+    with within(run_manager, loop=loop) as context:
         future = context.run(submit, put, cancel)
     future.add_done_callback(lambda _: put(None))
     try:

@@ -271,6 +271,7 @@ def test_a_fallback_is_not_given_the_settings_of_a_search_that_failed() -> None:
 
 def test_settings_of_the_agent_s_own_model_are_none_of_the_search_s() -> None:
     theirs = {"temperature": 0.0, "max_tokens": 5, "stop": ["is"], "width": 9, "lambda_b": 3.0}
+    theirs |= {"stop_sequences": ["is"], "model_name": "own"}
 
     @wrap_model_call
     def careful(request: Any, handler: Any) -> Any:

@@ -112,6 +112,12 @@ async def test_a_limit_of_the_run_around_a_batch_holds(kind: Kind) -> None:
 
 
 @BOTH
+def test_a_config_for_each_question_may_be_none(kind: Kind) -> None:
+    service, _ = narrow(3)
+    assert len(kind(engine=service, width=1).batch(["1", "2"], [None, None])) == 2  # type: ignore[list-item]
+
+
+@BOTH
 async def test_something_else_than_a_service_fails_each_question(kind: Kind) -> None:
     chat: Any = kind(engine=object())
     for found in (chat.batch(["1", "2"], return_exceptions=True), await chat.abatch(["1"] * 2, return_exceptions=True)):

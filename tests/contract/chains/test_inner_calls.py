@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.callbacks import AsyncCallbackHandler, UsageMetadataCallbackHandler
 from langchain_core.language_models import FakeListChatModel, FakeMessagesListChatModel, SimpleChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tracers import BaseTracer
 
 from ets_engine import EngineError, HostedEngine
@@ -212,6 +213,9 @@ def limited(model: Any) -> Any:
         lambda model: limited(model) | StrOutputParser(),
         lambda model: limited(model).with_fallbacks([model]),
         lambda model: (RunnableLambda(lambda x: x) | limited(model)).with_config(tags=["mine"]),
+        lambda model: limited(model.configurable_fields(says=ConfigurableField(id="says"))),
+        lambda model: limited(model.configurable_alternatives(ConfigurableField(id="which"), other=model)),
+        lambda model: limited(model.configurable_fields(says=ConfigurableField(id="says"))).with_retry(),
     ],
 )
 def test_fewer_are_where_any_part_of_the_model_is_limited(how: Any) -> None:
@@ -230,6 +234,43 @@ def test_fewer_are_where_the_run_is_limited_or_the_model_has_tools() -> None:
     chat = ChatETS(engine=HostedEngine(LangChainPolicy(limited(policy)), judge(marks), name="slow"), width=8)
     chat.bind_tools([{"type": "function", "function": {"name": "add", "parameters": {}}}]).invoke("2+2?")
     assert policy.most == 2
+
+
+@pytest.mark.parametrize("way", ["invoke", "batch"])
+async def test_a_limit_of_the_call_holds_for_a_runnable_s_inner_calls(way: str) -> None:
+    policy, marks = Slow(says="The answer is 4.", want=2), Slow(says="7", want=2)
+    engine = HostedEngine(LangChainPolicy(policy), judge(marks), name="slow", max_concurrent_searches=1)
+    chain: Any = ETSRunnable(engine=engine, width=8)
+    config: Any = {"max_concurrency": 2}
+    assert chain.invoke("2+2?", config) if way == "invoke" else chain.batch(["2+2?"], config)
+    assert (policy.most, marks.most) == (2, 2)
+
+
+class Locked(AsyncCallbackHandler):
+    """Holds something that belongs to its event loop."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.loops: set[Any] = set()
+        self.heard = 0
+
+    async def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
+        async with self.lock:
+            await asyncio.sleep(0.001)
+        self.loops.add(asyncio.get_running_loop())
+        self.heard += 1
+
+    async def on_llm_end(self, *args: Any, **kwargs: Any) -> None:
+        await self.on_chat_model_start()
+
+
+@pytest.mark.parametrize("kind", [ChatETS, ETSRunnable])
+async def test_async_handlers_hear_of_inner_calls_in_their_own_loop(kind: Any) -> None:
+    locked = Locked()
+    search: Any = kind(engine=hosted_chat().engine, width=4)
+    await asyncio.wait_for(search.ainvoke("2+2?", config={"callbacks": [locked]}), 20)
+    assert locked.loops == {asyncio.get_running_loop()}
+    assert locked.heard == 2 * (4 + 4 + (kind is ChatETS))
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch", "batch_as_completed"])
