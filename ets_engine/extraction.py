@@ -6,25 +6,59 @@ import re
 
 _HOPED = re.compile(r"final answer is:?\s?\$([^$\n]{1,300})\$\.? I hope")
 _HASHES = re.compile(r"#### ?(?!\d+[.)][ \t]+\S)(-?\$?[.\d][^\n]{0,300})")  # "#### 2. Add" is a heading
-_SAID = r"[\s*]{0,9}(\S[^\n]{0,299})"
+_SAID = r"(?:[\s*_]|(?<=\n)(?:[->] |---\n|#{1,6} )){0,9}(\S[^\n]{0,299})"  # what stands in front of it is Markdown
+_NO_ANSWER = r" not\b|n't| to\b| (?:correct|right|reasonable|verified|confirmed)(?:[.,;!\n]|\Z)"
 _STATED = re.compile(
-    rf".*(?:answer\s?=|(?:answer|correct (?:option|choice)) is\b(?! not\b|n't):?){_SAID}", re.IGNORECASE | re.DOTALL
+    r".*(?:answer\s?=(?=[\s*$]{0,9}(?:[-\d.\\(]|(?-i:[A-J]\b)))"  # but not "answer = total - 3" of a program
+    rf"|(?:answer|correct (?:option|choice)) is\b(?!{_NO_ANSWER}):?){_SAID}",
+    re.IGNORECASE | re.DOTALL,
 )
 _LABELLED = re.compile(  # "Final answer: 5", or a line that begins with "Answer:", or is a heading "Answer"
     rf".*(?:(?:final|correct) answer[*_ \t]{{0,9}}:|^[#*_> \t]{{0,9}}(?:final |correct )?answer[*_ \t]{{0,9}}[:\n])"
     rf"{_SAID}",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)\.\**(?:\s|$)")
-_REASON = re.compile(r",?\s(?:because|since|as|so|which)\b")
+_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bRs)\.\**(?:\s|$)|(?<=[a-z]{2})!\**(?:\s|$)")
+_REASON = re.compile(r"(?<!\bsame),?\s(?:because|since|as(?! (?:many|much|few|often|long|far)\b)|so|which)\b")
+_BECAUSE = re.compile(r",?\s(?:because|since)\b")
 _LEAD = re.compile(
-    r"(?:(?:approximately|about|exactly|therefore|thus|simply|clearly|equal to|given by)\b[\s,:]*)+", re.IGNORECASE
+    r"(?:(?:approximately|about|exactly|therefore|thus|simply|clearly|equal to|given by)\b[\s,:]*|[\u2248~]\s?"
+    r"|(?:around|roughly|nearly|only|so|hence|in|after|it's|(?:in |a )?total(?: of)?|profit(?: of)?)[\s,:]+"
+    r"(?=[$\u20ac\u00a3]?\d)|(?:the )?(?:letter\s(?=(?-i:[A-Z])\b)|(?:number|point|interval)\s(?=[-\d$\\(])))+",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(r"(?:\([A-J]\)|[A-J][):.;])\s")
+_YES = re.compile(r"(yes|no|true|false)(?=[,;:]\s)(?!.+\b(?:yes|no|true|false)\b)", re.IGNORECASE)
+_DISPLAYED = re.compile(r"\\\[((?:(?!\\[\[\]]|\n\s{0,99}\n).){1,300})\\\]|\$\$([^$]{1,300})\$\$", re.DOTALL)
+_WORKED = re.compile(  # a calculation, whose last number counts
+    r"&(?!.*matrix)|\\\$|\\(?:text|mathrm|mbox)[^=]*=|\\underline|=\s*[a-z]\Z"
+)
+_CURRENCY = r"(?:[\u20ac\u00a3\u20b9\u00a5]|Rs\.?|US\$|USD|EUR|GBP|INR)"
+_PLAIN = r"(-?\$?\d{1,15}(?:[.,]\d{1,15}){0,9})"
+_AMOUNTS = [  # numbers with what is no part of them
+    re.compile(rf"{_CURRENCY}\s?(-?\d[\d.,]*[a-z ]*)"),
+    re.compile(rf"{_PLAIN}\s?(?:{_CURRENCY}|\u00b0\s?[CF])"),
+    re.compile(rf"{_PLAIN} (?:kWh|kW|mL|L|N|V|W|J|Hz)"),
+    re.compile(
+        rf"{_PLAIN}\s?(?:\$|[a-z]{{3,}}|[kcm]?m|mi|ft|k?g|lbs?|N)\s?/\s?(?:[a-z]{{3,}}|hr?|s|in|m|ft)"
+        r"(?:\^?[23]|[\u00b2\u00b3])?"
+    ),
+    re.compile(rf"{_PLAIN}\s?/\s?(?:day|week|month|year|hour|minute|second|person|item|unit|mile)"),
+    re.compile(r"(?!option\b|choice\b)[a-z][a-z' ]{2,40}:\s?(-?\$?[\d\\][^:=]*)", re.IGNORECASE),
+]
+_REMARK = re.compile(  # "12 (in total)", "2/3 (approximately 0.67)", but not "2 (mod n)"
+    r"([^a-zA-Z(][^()]*?)\s\((?!mod\b)(?:[a-z][a-z -]{2,60}|"
+    r"(?:(?:or )?(?:about|approximately|roughly)|rounded)\b[^()]{1,80})\)([a-z ]*)",
+    re.IGNORECASE,
 )
 _MATH_FIRST = re.compile(  # and after it neither a number nor what makes it another one
     r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\))"
     r"(?![^\n]*(?:[\d$\\]|\b(?:hundred|thousand|million|billion|trillion|and|or|plus|minus|times|mod|not)\b))"
 )
-_SUM = re.compile(r"(?:[\d\s.,+*/\u00d7\u00f7\u00b7()^=-]|\\(?:times|cdot|div)(?![a-z]))+=\s*([^=]+)")
+_SUM = re.compile(
+    r"(?:[\d\s.,+*/\u00d7\u00f7\u00b7()^={}$-]|%(?=\s?(?:of|[*\u00d7]))|\\(?:times|cdot|div|[dt]?frac|d?binom|sqrt)(?![a-z])"
+    r"|\bof\b|(?<=[\d ])x(?=\s?\$?\d))+=(?!\s*[a-zA-Z]\Z)\s*([^=]+)"
+)
 _SPELT = (
     r"(?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|"
     r"seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|and)"
@@ -32,7 +66,8 @@ _SPELT = (
 )
 _TWICE = re.compile(rf"{_SPELT}\((-?\d[\d.,]*)\)|(-?\d[\d.,]*) \({_SPELT}\)", re.IGNORECASE)  # "twelve (12)"
 _PROSE = re.compile(  # "There are 3", "5 boys have 3", "30 comic books weigh 7.5 pounds", but not "A is right"
-    r"(?!a is\b)(?:let |(?:[a-z]{2,}|a|i),?[ \t]+[a-z]{2,}|.*\b(?:is|are|was|were|be|has|have|had|will|can|must)\b"
+    r"(?!a is\b)(?:(?:let|multiply|divide|add|subtract) |(?:[a-z]{2,}|a|i),?[ \t]+[a-z]{2,}"
+    r"|.*\b(?:is|are|was|were|be|has|have|had|will|can|must)\b"
     r"|(?:[^a-z]*[a-z]{2,}\b){4})",
     re.IGNORECASE,
 )
@@ -72,7 +107,13 @@ def extract_answer(text: str) -> str | None:
         return boxed.strip() or None
     if (hashes := _HASHES.findall(text)) and (answer := _clean(hashes[-1])):
         return answer
+    text = _DISPLAYED.sub(_in_line, text)
     return _stated(text) or _last_number(text)
+
+
+def _in_line(shown: re.Match[str]) -> str:
+    formula = " ".join((shown[1] or shown[2]).split())
+    return shown[0] if _WORKED.search(formula) else f"${formula}$"
 
 
 def _stated(text: str) -> str | None:
@@ -82,6 +123,8 @@ def _stated(text: str) -> str | None:
         return None
     last = max(found, key=lambda match: match.start(1))
     sentence = _SENTENCE_END.split(last[1], maxsplit=1)[0]
+    if yes := _YES.match(sentence):
+        return yes[1]
     said = _REASON.split(sentence, maxsplit=1)[0].strip(" \t*")
     said = said[lead.end() :] if (lead := _LEAD.match(said)) else said
     if math := _MATH_FIRST.match(said):
@@ -90,11 +133,19 @@ def _stated(text: str) -> str | None:
     if answer is None:
         return None
     total = _SUM.fullmatch(answer)
-    is_talk = total or _PROSE.match(sentence) or _WORKING.match(answer)
-    if is_talk and last.re is _LABELLED and _DIGIT.search(text, last.start(1)):
+    end = last.start(1) + (len(sentence) if total and _DIGIT.search(total[1]) else 0)
+    is_talk = total or _PROSE.match(_BECAUSE.split(sentence, maxsplit=1)[0]) or _WORKING.match(answer)
+    if is_talk and last.re is _LABELLED and not _CHOICE.match(sentence) and _DIGIT.search(text, end):
         return None
     twice = _TWICE.fullmatch(answer)
-    return total[1] if total else (twice[1] or twice[2]) if twice else answer
+    return _clean(total[1]) if total else (twice[1] or twice[2]) if twice else _amount(answer)
+
+
+def _amount(answer: str) -> str:
+    remark = _REMARK.fullmatch(answer)
+    answer = (remark[1] + remark[2]).strip(" $") if remark else answer
+    amount = next(filter(None, (form.fullmatch(answer) for form in _AMOUNTS)), None)
+    return (amount and _clean(amount[1])) or answer
 
 
 def _last_number(text: str) -> str | None:
@@ -108,9 +159,11 @@ def _last_number(text: str) -> str | None:
 
 
 def _clean(answer: str) -> str | None:
-    answer = answer.strip(" \t\n*$`").removesuffix(".").strip(" \t\n*$`:")
+    answer = answer.strip(" \t\n*$`").removesuffix(".").rstrip("_").strip(" \t\n*$`:")
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
         answer = answer.removeprefix(opening).removesuffix(closing)
+    if len(answer) > 2 and answer[0] == answer[-1] and answer[0] in "\"'":
+        answer = answer[1:-1]
     return answer.strip() or None
 
 

@@ -43,7 +43,7 @@ from ets_engine.symbolic import SymbolicProcess
         ("Adding up, 40+2=42.\nThe answer is:\n42", "42"),
         ("The final answer is:\n\n$$42$$", "42"),
         ("The answer is: \n\\[ x = 42 \\]", "x = 42"),
-        ("The answer is:\n\\[\nx = 42\n\\]", "42"),
+        ("The answer is:\n\\[\nx = 42\n\\]", "x = 42"),
         ("It is 42. **The answer is:**", "42"),
         ("it costs 5, or 1,250, dollars", "1,250"),
         ("ten minus 3-4", "4"),
