@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, Unpack
 
 from ets_engine.answers import MathView
 from ets_engine.config import SearchConfig
+from ets_engine.deadline import Remaining, limited, outside
 from ets_engine.errors import ConfigError, EngineClosedError, EngineError
 from ets_engine.lexical import HashEmbedder
 from ets_engine.messages import Message, Prompt, problem_text, to_messages
@@ -69,22 +69,6 @@ StepProposer = Callable[[ProposalRequest], Sequence[Step]]
 It alone can honour `config.max_step_tokens`, and spare the model what comes after one of `config.stop`. Where it
 raises, every branch of that depth has failed.
 """
-
-
-_REMAINING_S: ContextVar[Callable[[], float]] = ContextVar("ets_remaining_s", default=lambda: math.inf)
-
-
-def remaining_s() -> float:
-    """Seconds that the search which asks may still take: infinite without a deadline, 0 once it is to end.
-
-    Proposers and verifiers that wait for something may ask, in the thread of a `HostedEngine`'s search and wherever its
-    context variables go, another search too; anywhere else it is infinite.
-
-    Example:
-        >>> remaining_s()
-        inf
-    """
-    return _REMAINING_S.get()()
 
 
 def estimate_tokens(text: str) -> int:
@@ -288,19 +272,15 @@ class HostedEngine:
         if job.scorer is not None:
             read_step = options.get("read_step") if options.get("verifier") is None else None
             verifier = _Timed(CallableVerifier(job.scorer, job.problem, read_step), job)
-        outer_s = _REMAINING_S.get()
-        limit = _REMAINING_S.set(lambda: min(outer_s(), job.remaining_s()))
-        try:
+        with limited(job.remaining_s) as around:
             tree = run(
                 search(job.config, selector, clock=time.perf_counter),
                 policy,
                 verifier,
                 self._embedder,
-                on_event=_outside(options.get("on_event"), outer_s),
+                on_event=_beside(options.get("on_event"), around),
                 should_stop=job.wants_to_stop,
             )
-        finally:
-            _REMAINING_S.reset(limit)
         result = build_result(
             tree,
             job.config,
@@ -325,17 +305,14 @@ class HostedEngine:
         return result
 
 
-def _outside(on_event: OnEvent | None, outer_s: Callable[[], float]) -> OnEvent | None:
+def _beside(on_event: OnEvent | None, around: Remaining) -> OnEvent | None:
     """A listener whose own searches have nothing to do with the deadline of the one that it listens to."""
     if on_event is None:
         return None
 
     def tell(event: SearchEvent) -> None:
-        limit = _REMAINING_S.set(outer_s)
-        try:
+        with outside(around):
             on_event(event)
-        finally:
-            _REMAINING_S.reset(limit)
 
     return tell
 

@@ -53,8 +53,10 @@ ARROWS: dict[str, set[str]] = {
     "service": BASE
     | {"messages", "protocols", "scorers", "search", "runtime", "reference", "answers", "models", "loading", "serving"},
     "helper_process": BASE | {"scorers", "search", "runtime", "models", "loading", "serving"},
-    "hosted": BASE | {"messages", "protocols", "scorers", "lexical", "registry", "search", "results", "answers"},
-    "remote": BASE | {"marks", "messages", "protocols", "scorers", "search", "results", "models", "hosted"},
+    "deadline": set(),
+    "hosted": BASE
+    | {"deadline", "messages", "protocols", "scorers", "lexical", "registry", "search", "results", "answers"},
+    "remote": BASE | {"marks", "messages", "protocols", "scorers", "search", "results", "models", "hosted", "deadline"},
     "registry": BASE | {"protocols"},
     "services": BASE | {"protocols", "registry", "service", "remote"},
     "evaluation": BASE
@@ -75,7 +77,7 @@ OUTSIDE_WORLD = {  # modules through which the search core could reach a clock, 
 }
 PURE = (
     *("errors", "types", "config", "messages", "scorers", "lexical", "protocols", "search", "results", "testing"),
-    *("tool_calls", "hosted"),
+    *("tool_calls", "hosted", "deadline"),
 )  # importable without any engine
 
 

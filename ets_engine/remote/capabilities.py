@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ets_engine.hosted import remaining_s
+from ets_engine.deadline import remaining_s
 from ets_engine.remote.replicas import Replicas
 from ets_engine.remote.server import AbandonedError, ServerError
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from ets_engine.hosted import remaining_s
+from ets_engine.deadline import remaining_s
 from ets_engine.remote.address import Address
 from ets_engine.remote.server import AbandonedError, Server, ServerError
 

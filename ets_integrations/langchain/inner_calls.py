@@ -24,7 +24,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import patch_config, set_config_context
 from langchain_core.runnables.configurable import DynamicRunnable
 
-from ets_engine.hosted import remaining_s
+from ets_engine.deadline import remaining_s
 
 
 class SearchLimit(int):

@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from ets_engine.config import SearchConfig
-from ets_engine.hosted import HostedEngine, ProposalRequest, remaining_s
+from ets_engine.deadline import remaining_s
+from ets_engine.hosted import HostedEngine, ProposalRequest
 from ets_engine.remote import Replicas, Server, ServerError, connect
 from ets_engine.types import Step, StopReason
 

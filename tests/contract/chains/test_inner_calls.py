@@ -1,4 +1,4 @@
-"""Calls of a model that are only part of a turn, its drafts and their marks: no reader of the answer is shown them."""
+"""Model calls that are a part of a turn: hidden from its readers, seen in traces, made at once, logged on failure."""
 
 from __future__ import annotations
 
