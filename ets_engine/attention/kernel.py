@@ -126,7 +126,7 @@ def store(cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: 
             DIM=dim,
             BLOCK_K=triton.next_power_of_2(kv_heads),
             BLOCK_D=triton.next_power_of_2(dim),
-            **_early(cache.device),
+            **starts_early(cache.device),
         )
 
 
@@ -163,7 +163,7 @@ def run_work(
         for part in work.parts:
             how = launch(part.height, block_d, query.dtype.itemsize, shared_bytes_of(query.device))
             options: dict[str, Any] = {"BLOCK_M": part.height, "BLOCK_N": how.block_n, "AHEAD": how.ahead}
-            options |= {"num_warps": how.num_warps, "num_stages": how.num_stages, **_early(query.device)}
+            options |= {"num_warps": how.num_warps, "num_stages": how.num_stages, **starts_early(query.device)}
             lists = work.tiles(part), work.entries, work.slots
             grid = (len(lists[0]) * cache.shape[2],)
             strides = query.stride()[:2]
@@ -173,7 +173,7 @@ def run_work(
         if work.merge_count:
             block_h = 1 if heads % 2 else 2
             options = {"HEADS": heads, "DIM": dim, "BLOCK_D": block_d, "BLOCK_H": block_h, "BLOCK_P": MERGED_AT_ONCE}
-            options |= {"num_warps": block_d // 128 or 1, **_early(query.device)}
+            options |= {"num_warps": block_d // 128 or 1, **starts_early(query.device)}
             _merge[(work.merge_count * heads // block_h,)](output, partial, lse, work.merges, sinks, **options)
     return output
 
@@ -220,11 +220,11 @@ def is_interpreted() -> bool:
 
 
 @lru_cache
-def _early(device: torch.device) -> dict[str, bool]:
+def starts_early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that begins while the one before it ends: it reads its work list, then waits for the other.
 
-    Programmatic dependent launch, which GPUs have from Hopper on. No kernel writes a work list: it is copied, and a
-    copy has ended before anything begins.
+    Programmatic dependent launch, which GPUs have from Hopper on. No kernel writes a work list or a weight: both were
+    copied, and a copy has ended before anything begins.
     """
     is_nvidia = device.type == "cuda" and torch.version.cuda is not None and not is_interpreted()
     early = is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -391,6 +391,8 @@ def _merge(
     BLOCK_P: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     merge = merges + tl.program_id(0) // (HEADS // BLOCK_H) * 4
     head = tl.program_id(0) % (HEADS // BLOCK_H) * BLOCK_H + tl.arange(0, BLOCK_H)
     which, begin, end = tl.load(merge).to(tl.int64), tl.load(merge + 1), tl.load(merge + 2)

@@ -15,13 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ets_engine.attention.kernel import processors_of, shared_bytes_of
+from ets_engine.attention.kernel import processors_of, shared_bytes_of, starts_early
 from ets_engine.runtime.joint_linear import is_hooked, is_plain
 
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK_M = 128  # rows of the only tile
 BLOCK_N = 64  # outputs of a tile
 BLOCK_K = 64  # inputs at a time
+NUM_WARPS = 8
 MOST_STAGES = 5  # of the pipeline, timed on an H100
 STAGE_BYTES = 2 * BLOCK_K * (BLOCK_M + 2 * BLOCK_N)  # of shared memory
 LEAST_FULL = 0.8  # of all rounds of tiles
@@ -61,6 +62,16 @@ def join_gates(model: torch.nn.Module) -> int:
 
 @torch.library.custom_op("ets_engine::gated_linear", mutates_args=())
 def gated_linear(input: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """As `multiply_gated`, for a compiler."""
+    return multiply_gated(input, gate, up)
+
+
+@gated_linear.register_fake
+def _(input: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return input.new_empty((*input.shape[:-1], gate.shape[0]))
+
+
+def multiply_gated(input: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(input @ gate.T) * (input @ up.T)` on a GPU or in Triton's interpreter; sums and the product are fp32.
 
     Args:
@@ -76,19 +87,26 @@ def gated_linear(input: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
     with torch.cuda.device(input.device) if input.device.type == "cuda" else nullcontext():
         if len(rows) <= BLOCK_M and inputs % BLOCK_K == 0 and fills(outputs, processors_of(input.device)):
             output = rows.new_empty((len(rows), outputs))
-            grid, how = (outputs // BLOCK_N,), {"num_warps": 8, "num_stages": num_stages(shared_bytes_of(input.device))}
-            sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
-            _multiply_gated[grid](rows, gate, up, output, len(rows), outputs, inputs, **sizes, **how)
+            _multiply_gated[(outputs // BLOCK_N,)](
+                rows,
+                gate,
+                up,
+                output,
+                len(rows),
+                outputs,
+                inputs,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                num_warps=NUM_WARPS,
+                num_stages=num_stages(shared_bytes_of(input.device)),
+                **starts_early(input.device),
+            )
         else:
             output, other = torch.nn.functional.linear(rows, gate), torch.nn.functional.linear(rows, up)
             grid = (-(-output.numel() // MULTIPLIED_AT_ONCE),)
-            _gate[grid](output, other, output.numel(), BLOCK=MULTIPLIED_AT_ONCE)
+            _gate[grid](output, other, output.numel(), BLOCK=MULTIPLIED_AT_ONCE, **starts_early(input.device))
     return output.view(*input.shape[:-1], outputs)
-
-
-@gated_linear.register_fake
-def _(input: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return input.new_empty((*input.shape[:-1], gate.shape[0]))
 
 
 def fills(outputs: int, processors: int) -> bool:
@@ -145,6 +163,7 @@ def _multiply_gated(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row, step = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     column = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -153,6 +172,9 @@ def _multiply_gated(
     weight = column[:, None] * inputs + step[None, :]
     gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     ups = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for start in range(0, inputs, BLOCK_K):
         x = tl.load(read + start, mask=exists, other=0.0)
         gates = tl.dot(x, tl.trans(tl.load(gate + weight + start)), gates)
@@ -168,7 +190,11 @@ def _gate(
     ups,  # [N]
     count,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gates + place, mask=place < count, other=0.0).to(tl.float32)
     up = tl.load(ups + place, mask=place < count, other=0.0).to(tl.float32)

@@ -21,6 +21,7 @@ from ets_engine.attention.work import WorkList
 from ets_engine.kv import DecodeLayout, KVPool
 from ets_engine.runtime.draw_kernel import draw_by_blocks
 from ets_engine.runtime.hook import check_calls
+from ets_engine.runtime.layer_kernel import rotate_and_store
 from ets_engine.runtime.sampler import SamplingParams, is_cut, tabulate
 
 Result = TypeVar("Result")
@@ -53,6 +54,16 @@ class GraphForward:
         store(cache, self.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         work = self.works[_kind(self.windows[layer], cache)]
         return run_work(query[0].transpose(0, 1), cache, work, scale=scale, softcap=softcap, sinks=sinks)[None]
+
+    def rotate_and_attend(
+        self, layer: int, products: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See `TreeForward`; products [T, (H + 2K) x D], cos and sin [T, D] -> [T, H, D]."""
+        self.calls += 1
+        cache = self.pool.layers[layer]
+        query = rotate_and_store(cache, self.write_slots, products, cos, sin)
+        work = self.works[_kind(self.windows[layer], cache)]
+        return run_work(query, cache, work, scale=scale)
 
 
 @dataclass(slots=True, eq=False)

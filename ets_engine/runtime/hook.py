@@ -78,6 +78,34 @@ class TreeForward:
             works=self.works,
         )[None]
 
+    def rotate_and_attend(
+        self, layer: int, products: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `attend`, of queries, keys and values side by side, not yet rotated, by the kernel.
+
+        Args:
+            layer: Its number.
+            products: Shape [T, (H + 2K) x D].
+            cos: Of each token's angles. Shape [T, D].
+            sin: The same.
+            scale: Of scores.
+
+        Returns:
+            Shape [T, H, D].
+        """
+        from ets_engine.runtime.layer_kernel import rotate_and_store  # Triton, which a CPU goes without
+
+        self.calls += 1
+        cache, slots = self.pool.layers[layer], self.works.get("slots")
+        if slots is None:
+            slots = self.layout.write_slots
+            if isinstance(slots, slice):
+                slots = torch.arange(slots.start, slots.stop, device=cache.device)
+            self.works["slots"] = slots
+        query = rotate_and_store(cache, slots, products, cos, sin)
+        layout = self.layout.within(self.windows[layer])
+        return tree_attention(query, cache, layout, scale=scale, implementation=self.implementation, works=self.works)
+
 
 @dataclass(slots=True)
 class ShapeProbe:

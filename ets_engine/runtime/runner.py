@@ -119,12 +119,15 @@ class Runner:
         speed_up_linears(model)
         shapes, windows = probe_layers(model)
         self._implementation: Literal["eager", "triton"] = self._choose_attention(shapes)
+        fused: list[torch.nn.Module] = []
         if self._implementation == "triton" and self.device.type == "cuda":
+            from ets_engine.runtime.fused_layer import fuse_layers
             from ets_engine.runtime.gated_linear import join_gates
 
             join_gates(model)
+            fused = fuse_layers(model)
         if self.config.compile_layers:
-            compile_layers(model)
+            compile_layers(model, skipped=fused)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
         self.stats = RunnerStats()
         self._use_pool(shapes, None, LOAD_TOKENS)

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 when it is first imported, and runs the large ones on a GPU.
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections import Counter
@@ -281,6 +282,127 @@ if INTERPRETED:
             exact = torch.nn.functional.silu(exact) * high
             assert found.shape == exact.shape and found.dtype == dtype
             assert (found.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max(), (rows, dtype)
+
+    def test_a_sum_and_its_norm_are_those_of_plain_torch() -> None:
+        from ets_engine.runtime.layer_kernel import add_norm
+
+        generator = torch.Generator().manual_seed(0)
+        for rows, width, dtype in ((1, 64, BF16), (5, 40, FP16), (3, 200, FP32)):
+            states, added = (torch.randn(rows, width, generator=generator).to(dtype) for _ in range(2))
+            weight = torch.randn(width, generator=generator).to(dtype)
+            for more in (None, added):
+                summed, normed = add_norm(states, more, weight, 1e-3)
+                if more is None:
+                    assert summed is states
+                else:  # the interpreter cuts where a GPU rounds
+                    torch.testing.assert_close(summed, states + added, rtol=torch.finfo(dtype).eps, atol=0)
+                wide = summed.double()
+                exact = weight.double() * wide * (wide.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+                assert (normed.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+    def test_rotated_keys_are_stored_and_rotated_queries_returned() -> None:
+        """As transformers rotates; a token without a slot is stored nowhere."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        from ets_engine.runtime.layer_kernel import rotate_and_store
+
+        generator = torch.Generator().manual_seed(0)
+        for heads, kv_heads, dim, dtype in ((4, 2, 16, BF16), (3, 3, 12, FP16), (7, 1, 8, FP32)):
+            tokens, angles = 5, torch.randn(5, dim, generator=generator)
+            wide = torch.randn(tokens, (heads + 2 * kv_heads) * dim + 3, generator=generator).to(dtype)
+            products, cos, sin = wide[:, :-3], angles.cos().to(dtype), angles.sin().to(dtype)
+            cache = torch.full((9, 2, kv_heads, dim), 7.0, dtype=dtype)
+            slots = torch.tensor([4, -1, 8, 0, 2], dtype=torch.int32)
+            query = rotate_and_store(cache, slots, products, cos, sin)
+            parts = products.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+            q, k, v = (part.unflatten(-1, (-1, dim)).transpose(0, 1)[None].double() for part in parts)
+            exact = apply_rotary_pos_emb(q, k, cos[None].double(), sin[None].double())
+            near = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
+            torch.testing.assert_close(query.double(), exact[0][0].transpose(0, 1), **near)
+            there = slots >= 0
+            stored = cache[slots[there].long()]
+            torch.testing.assert_close(stored[:, 0].double(), exact[1][0].transpose(0, 1)[there], **near)
+            assert torch.equal(stored[:, 1].double(), v[0].transpose(0, 1)[there])
+            assert bool((cache[[1, 3, 5, 6, 7]] == 7).all())
+
+    @pytest.mark.parametrize("kind", ["llama", "heads apart", "qwen2"])
+    def test_fused_layers_give_what_their_layers_give(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Prompt, then branches token by token in graphs; loading compares them with plain attention as well."""
+        from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+        from ets_engine.runtime import Runner
+        from ets_engine.runtime.fused_layer import fuse_layers
+        from ets_engine.runtime.gated_linear import join_gates
+        from ets_engine.runtime.graphs import GraphForward
+        from ets_engine.runtime.hook import TreeForward
+        from ets_engine.runtime.joint_linear import join_linears
+        from ets_engine.runtime.support import use_tree_attention
+
+        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4 if kind == "heads apart" else 2}
+        torch.manual_seed(0)
+        config = (Qwen2Config if kind == "qwen2" else LlamaConfig)(**sizes, initializer_range=0.2)
+        model = (Qwen2ForCausalLM if kind == "qwen2" else LlamaForCausalLM)(config).to(FP16).eval()
+        for parameter in model.parameters():  # norms that are not one, biases that are not zero
+            parameter.data += 0.1 * torch.randn(parameter.shape).to(FP16)
+        plain = copy.deepcopy(model)
+        assert (join_linears(model), join_gates(model)) == (2, 2)
+        use_tree_attention(model)
+        assert (len(fuse_layers(model)), len(fuse_layers(model))) == (2, 0)
+        emulate_gpu(monkeypatch)
+        runner = Runner(model)
+        called: Counter[type] = Counter()
+        for forward in (TreeForward, GraphForward):
+            monkeypatch.setattr(forward, "attend", None)
+            usual = forward.rotate_and_attend
+            count = lambda one, *rest, usual=usual: called.update([type(one)]) or usual(one, *rest)  # noqa: E731
+            monkeypatch.setattr(forward, "rotate_and_attend", count)
+        root = runner.tree.root()
+        prompt, tails = [3, 1, 4, 1, 5, 9], [[2, 6, 5], [3, 5, 8]]
+        shared = runner.extend([(root, prompt)])
+        leaves = [runner.tree.fork(root) for _ in tails]
+        rows = [[(leaf, [tail[i]]) for leaf, tail in zip(leaves, tails, strict=True)] for i in range(3)]
+        steps = [runner.extend(one) for one in rows]
+        assert called == {TreeForward: 2, GraphForward: 2 * 2 + 2 * 2}  # the first pass of a graph runs twice
+        for number, tail in enumerate(tails):
+            found = torch.cat([shared, torch.stack([step[number] for step in steps])]).double()
+            with torch.inference_mode():
+                expected = plain.model(torch.tensor([prompt + tail])).last_hidden_state[0].double()
+            assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+
+    def test_layers_that_are_not_as_usual_stay_as_they_are() -> None:
+        from transformers import (
+            GraniteConfig,
+            GraniteForCausalLM,
+            LlamaConfig,
+            LlamaForCausalLM,
+            Qwen3Config,
+            Qwen3ForCausalLM,
+        )
+
+        from ets_engine.runtime.fused_layer import fuse_layers
+        from ets_engine.runtime.gated_linear import join_gates
+        from ets_engine.runtime.joint_linear import join_linears
+        from ets_engine.runtime.support import use_tree_attention
+
+        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        usual = LlamaForCausalLM(LlamaConfig(**sizes)).to(BF16)
+        for others in (
+            GraniteForCausalLM(GraniteConfig(**sizes, residual_multiplier=0.22)).to(BF16),  # adds less of a product
+            Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)).to(BF16),  # norms of queries and keys
+            LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True)).to(BF16),  # to the addition
+            LlamaForCausalLM(LlamaConfig(**sizes)),  # fp32
+        ):
+            assert join_linears(others) == 2
+            join_gates(others)
+            use_tree_attention(others)
+            assert not fuse_layers(others), type(others)
+        join_linears(usual)
+        join_gates(usual)
+        use_tree_attention(usual)
+        usual.model.layers[0].post_attention_layernorm.register_forward_hook(lambda *_: None)
+        assert len(fuse_layers(usual)) == 1
 
     def tiny_llama() -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""Gated MLPs: which are replaced, and on a GPU the same outputs; the kernel's logic is in `kernel_cases.py`."""
+"""Gated MLPs, and layers around them: which are replaced, and on a GPU the same outputs; see also `kernel_cases.py`."""
 
 import copy
 
@@ -11,6 +11,7 @@ from ets_engine.runtime import Runner
 
 pytest.importorskip("triton")
 from ets_engine.attention.kernel import processors_of
+from ets_engine.runtime.fused_layer import FusedLayer
 from ets_engine.runtime.gated_linear import BLOCK_M, BLOCK_N, GatedMLP, gated_linear, join_gates
 
 SIZES = {
@@ -76,6 +77,7 @@ def test_a_runner_on_a_gpu_gives_the_models_own_states(compiled, cuda):
     plain = llama(max_position_embeddings=256, intermediate_size=outputs_that_fill(cuda)).to(cuda)
     runner = Runner(copy.deepcopy(plain), EngineConfig(compile_layers=compiled, kv_pool_tokens=1024))
     assert sum(isinstance(one, GatedMLP) for one in runner.model.modules()) == 2
+    assert sum(isinstance(one, FusedLayer) for one in runner.model.modules()) == 2
     ids = torch.randint(0, 64, (150,), generator=torch.Generator().manual_seed(0)).tolist()
     root = runner.tree.root()
     found = [runner.extend([(root, ids[:140])]), *(runner.extend_last([(root, [one])]) for one in ids[140:])]

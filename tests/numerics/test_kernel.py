@@ -44,7 +44,7 @@ def test_the_kernel_equals_the_specification_in_the_interpreter() -> None:
         pytest.skip(f"the interpreter of triton 3.6 is known to run the kernel, {found} has another")
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     output = run(["-m", "pytest", *options, str(CASES)], TRITON_INTERPRET="1")
-    assert f"{len(kernel_cases.SMALL) + 7} passed" in output
+    assert f"{len(kernel_cases.SMALL) + 13} passed" in output
 
 
 def test_importing_attention_loads_no_compiler() -> None:
@@ -57,7 +57,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ets_engine.attention import kernel
-from ets_engine.runtime import draw_kernel, gated_linear
+from ets_engine.runtime import draw_kernel, gated_linear, layer_kernel
 
 def compiled(function, types, numbers, how, capability):
     constants = {name: numbers.get(name) for name in function.arg_names if name not in types}
@@ -80,6 +80,7 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
     how = kernel.launch(height, block_d, size, shared_kb << 10)
     numbers |= {"BLOCK_M": height, "BLOCK_N": how.block_n, "AHEAD": how.ahead}
     numbers |= {"BLOCK_H": 2, "BLOCK_P": kernel.MERGED_AT_ONCE, "EARLY": capability >= 90}
+    early = {"EARLY": capability >= 90}
     types = {name: "*" + dtype for name in ("query", "cache", "output")} | partials | lists | extras
     for function in (kernel._attend, kernel._merge):
         plain = {"scale": "fp32", "token_stride": "i32", "head_stride": "i32"}
@@ -98,12 +99,24 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
     if size == 2:
         types = {name: "*" + dtype for name in ("rows", "gate", "up", "output")}
         types |= {name: "i32" for name in ("num_rows", "outputs", "inputs")}
-        blocks = {name: getattr(gated_linear, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+        blocks = {name: getattr(gated_linear, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")} | early
         options = {"num_warps": 8, "num_stages": gated_linear.num_stages(shared_kb << 10)}
         result = compiled(gated_linear._multiply_gated, types, blocks, options, capability)
         assert result.asm["cubin"] and result.metadata.shared <= shared_kb << 10, result.metadata
         types = {"gates": "*" + dtype, "ups": "*" + dtype, "count": "i32"}
-        assert compiled(gated_linear._gate, types, {"BLOCK": 1024}, {}, capability).asm["cubin"]
+        assert compiled(gated_linear._gate, types, early | {"BLOCK": 1024}, {}, capability).asm["cubin"]
+        types = {name: "*" + dtype for name in ("states", "added", "weight", "summed", "normed")}
+        types |= {"width": "i32", "eps": "fp32"}
+        for added in ({"added": types["added"]}, {}):
+            mine = {name: kind for name, kind in types.items() if name != "added"} | added
+            sizes = {"BLOCK": 4096} | early
+            options = {"num_warps": layer_kernel.NORM_WARPS}
+            assert compiled(layer_kernel._add_norm, mine, sizes, options, capability).asm["cubin"]
+        types = {name: "*" + dtype for name in ("cache", "products", "cos", "sin", "query")} | {"slots": "*i32"}
+        types |= {f"{name}_stride": "i32" for name in ("product", "cos", "sin")}
+        sizes = {"KV_HEADS": 8, "GROUP": 4, "HALF": dim // 2, "BLOCK_G": 8, "BLOCK_H": block_d // 2} | early
+        result = compiled(layer_kernel._rotate_and_store, types, sizes, {"num_warps": 1}, capability)
+        assert result.asm["cubin"] and not re.search(r"[.]local", result.asm["ptx"])
     types = {name: "*fp32" for name in ("temperatures", "tops", "sums", "tempered")} | {"logits": "*" + dtype}
     types |= {name: "i32" for name in ("row_stride", "vocabulary", "count")}
     assert compiled(draw_kernel._sum_blocks, types, {"BLOCK": 256, "BLOCKS_AT_ONCE": 8}, {}, capability).asm["cubin"]
