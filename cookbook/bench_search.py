@@ -8,9 +8,9 @@ the recorded number of tokens (`generate` in each round as many as the longest s
     python cookbook/bench_search.py --shape toy                        # seconds; writes no row
     python cookbook/bench_search.py --shape reference                  # the shape of the shipped policy; minutes
     python cookbook/bench_search.py --shape llama-3.2-1b --widths 16 --rounds 2 --sides ours --steps 0
-    python cookbook/bench_search.py --shape llama-3.1-8b --device cuda --compile --peer-rounds 2
+    python cookbook/bench_search.py --shape llama-3.1-8b --device cuda --peer-rounds 2
     python cookbook/bench_search.py --shape qwen2.5-7b --device cuda --trees FILE.json --trace FOLDER
-    python cookbook/bench_search.py --shape llemma-7b --device cuda --compile --widths 64 --sides --pools 49152 98304
+    python cookbook/bench_search.py --shape llemma-7b --device cuda --widths 64 --sides --pools 49152 98304
     python cookbook/bench_search.py --roofline                         # the table of roofline.md; no model is run
 
 vLLM takes half of a GPU for itself, and changes settings of the process: give it a run of its own (`--sides vllm`).
@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 for reference and toy")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="our layers through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="our layers through torch.compile, where they are not fused")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--roofline", action="store_true", help="print the table of roofline.md")
