@@ -338,7 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 for reference and toy")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="layers of ours that are not fused through torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="layers of ours that are not fused through torch.compile"
+    )
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--roofline", action="store_true", help="print the table of roofline.md")
