@@ -18,6 +18,12 @@ _LABELLED = re.compile(  # "Final answer: 5", or a line that begins with "Answer
     rf"{_SAID}",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
+_CHOSEN = re.compile(  # "B is the correct answer", "so option (B) is right"
+    r".*(?:(?<![a-zA-Z])(?<![Ii]f )(?<![Ww]hether )\(?([A-J])\)? is the (?:correct|right) (?:answer|option|choice)"
+    r"|\b(?i:option|choice|answer) \(?([A-J])\)? is (?:correct|right))\b(?!\s?\?)",
+    re.DOTALL,
+)
+_TAGGED = re.compile(r"<answer>(.{1,300}?)</answer>", re.IGNORECASE | re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bRs)\.\**(?:\s|$)|(?<=[a-z]{2})!\**(?:\s|$)")
 _REASON = re.compile(r"(?<!\bsame),?\s(?:because|since|as(?! (?:many|much|few|often|long|far)\b)|so|which)\b")
 _BECAUSE = re.compile(r",?\s(?:because|since)\b")
@@ -80,6 +86,10 @@ _NUMBER = re.compile(
     r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?"
     r"(?:/\d+|[eE][-+]?\d+|[\^_]\{?-?\d+\}?|(?::\d+)+)?"
 )
+_UNIT_POWER = re.compile(  # "27 cm^2"
+    r"(?<=\d)(?:\s?\\(?:text|mathrm)\{\s?)?(?:(?<=\{)|(?<=\{ )|\s)"
+    r"(?:[kcm]?m|mi|in|ft|yd|units?|inch(?:es)?|f(?:ee|oo)t|(?:centi|kilo)?met(?:er|re)s?)\}?\s?\^\s?\{?[23]\}?(?!\w)"
+)
 _DIGIT = re.compile(r"\d")
 _BEFORE_PART = re.compile(r"(?:\\(?:[dtc]?frac|sqrt(?:\[\d\])?|[dt]?binom)\{?|\}\{|[\^_]\{?)\Z")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -88,9 +98,9 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 def extract_answer(text: str) -> str | None:
     r"""The answer that a solution states, None when it states none.
 
-    In this order: "final answer is $...$. I hope", the last `\boxed{}`, "#### number", the last "answer is ..." or
-    "Answer: ...", the last number, with all of the formula that the text ends with. What is only a part of a formula,
-    such as the 4 of `\frac{3}{4}`, is no answer.
+    In this order: "final answer is $...$. I hope", the last `\boxed{}`, "#### number", the last `<answer>`, the last
+    "answer is ...", "Answer: ..." or "B is the correct answer", the last number, with all of the formula that the text
+    ends with. What is only a part of a formula, such as the 4 of `\frac{3}{4}`, is no answer.
 
     Example:
         >>> extract_answer(r"So $x=2$ and the total is $\boxed{\frac{1}{2}}$.")
@@ -108,6 +118,8 @@ def extract_answer(text: str) -> str | None:
     if (hashes := _HASHES.findall(text)) and (answer := _clean(hashes[-1])):
         return answer
     text = _DISPLAYED.sub(_in_line, text)
+    if tagged := _TAGGED.findall(text):
+        return _stated(tagged[-1]) or _tagged(tagged[-1].strip())
     return _stated(text) or _last_number(text)
 
 
@@ -116,12 +128,23 @@ def _in_line(shown: re.Match[str]) -> str:
     return shown[0] if _WORKED.search(formula) else f"${formula}$"
 
 
+def _tagged(said: str) -> str | None:
+    answer = _clean(said)
+    number = _last_number(said) if _PROSE.match(said) else None
+    return number or (answer and _amount(answer))
+
+
 def _stated(text: str) -> str | None:
-    """What the last "answer is" or "Answer:" says; prose about numbers and calculations do not count after a label."""
-    found = [match for pattern in (_STATED, _LABELLED) if (match := pattern.match(text))]
+    """What the last "answer is" or "Answer:" says, or which choice is said to be right.
+
+    Prose about numbers and calculations do not count after a label.
+    """
+    found = [match for pattern in (_STATED, _LABELLED, _CHOSEN) if (match := pattern.match(text))]
     if not found:
         return None
-    last = max(found, key=lambda match: match.start(1))
+    last = max(found, key=lambda match: match.start(match.lastindex or 0))
+    if last.re is _CHOSEN:
+        return last[1] or last[2]
     sentence = _SENTENCE_END.split(last[1], maxsplit=1)[0]
     if yes := _YES.match(sentence):
         return yes[1]
@@ -152,6 +175,7 @@ def _last_number(text: str) -> str | None:
     math = _MATH_LAST.search(text[-400:])
     if math and any(sign.isdigit() for sign in math[0]) and not _WORDS.match(formula := math[1] or math[2]):
         return _clean(_EQUALS.split(formula)[-1])
+    text = _UNIT_POWER.sub("", text)
     *_, last = (None, *_NUMBER.finditer(text))
     if last is None or _BEFORE_PART.search(text[max(0, last.start() - 12) : last.start()]):
         return None

@@ -128,6 +128,9 @@ def serve(limit_s: int) -> None:
     def read(text: str) -> list[object]:
         return parse(f"${text}$", parsing_timeout=None)  # type: ignore[arg-type]
 
+    def equal(gold: list[object], found: list[object]) -> bool:  # it is not always the same both ways: x > 3, (3, oo)
+        return bool(verify(gold, found, timeout_seconds=None))  # type: ignore[arg-type]
+
     replies = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no reply
     signal.alarm(0)
@@ -137,6 +140,6 @@ def serve(limit_s: int) -> None:
         signal.alarm(limit_s)
         with suppress(Exception):
             first, *second = map(read, json.loads(line))
-            right = bool(first and (not second or verify(first, second[0], timeout_seconds=None)))  # type: ignore[arg-type]
+            right = bool(first and (not second or equal(first, second[0]) or equal(second[0], first)))
         signal.alarm(0)
         os.write(replies, b"1" if right else b"0")

@@ -122,6 +122,8 @@ SAME = [
     ("1,-2", "-2,1"),
     (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty) \cup (-\infty,2)"),
     (r"3 \text{ or } 5", "5,3"),
+    ("x>3", r"(3,\infty)"),
+    (r"[3,\infty)", r"x \geq 3"),
     (r"1 \pm \sqrt{19}", r"1+\sqrt{19},1-\sqrt{19}"),
     (r"11\sqrt2", r"11 \sqrt{2}"),
     (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),

@@ -75,6 +75,18 @@ from ets_engine.answers import extract_answer, same_answer
         ("Answer: D, because 3 is prime and 4 is not.", "D"),
         ("Answer: Yes, 12 is divisible by 3.", "Yes"),
         ("Answer: True, False, True", "True, False, True"),
+        ("So B is the correct answer.", "B"),
+        ("(B) is the right choice, because 3 < 4.", "B"),
+        ("A is not it: 4 > 3. So option B is correct, by 1.", "B"),
+        ("A is the correct answer.\nNo: the answer is B.", "B"),
+        ("The answer is B.\nNo: A is the correct answer.", "A"),
+        ("<think>3</think><answer>B</answer>", "B"),
+        ("<answer>1</answer>\n<answer> 12 </answer> with 3 checks", "12"),
+        ("<answer>\n$\\frac{3}{4}$\n</answer>", r"\frac{3}{4}"),
+        ("<answer>The answer is 12.</answer>", "12"),
+        ("<answer>They have 12 apples.</answer>", "12"),
+        ("<answer>The Eiffel tower</answer>", "The Eiffel tower"),
+        (r"<answer>So it is \boxed{12}, not 3.</answer>", "12"),
     ],
 )
 def test_answers_behind_labels(text: str, answer: str) -> None:
@@ -180,6 +192,12 @@ def test_the_rest_of_a_sentence_is_no_part_of_the_answer(text: str, answer: str)
         ("He pays $5 each for a total of $20.", "20"),
         ("It costs 5$ and then 20$.", "20"),
         ("Now 3 + 4 = 7 apples at 2:1", "2:1"),
+        ("The area is 27 cm^2.", "27"),
+        (r"The area is 27 \text{ cm}^2 then.", "27"),
+        ("It holds 27 cubic feet, or 27 ft^{3}.", "27"),
+        ("So it is 27m^2", None),
+        ("Is B the correct answer? If B is the correct answer, it is 4.", "4"),
+        ("Or B is the correct answer? No, it is 4.", "4"),
     ],
 )
 def test_the_last_number_is_a_whole_one(text: str, answer: str | None) -> None:
@@ -228,6 +246,10 @@ def test_the_last_number_is_a_whole_one(text: str, answer: str | None) -> None:
         "1{,}000" * 30_000 + "x",
         "1" * 200_000,
         "\n" * 200_000,
+        "A is the correct " * 20_000,
+        "option A " * 30_000,
+        "<answer>" * 30_000,
+        "1 cm ^ " * 30_000,
     ],
 )
 def test_nonsense_is_quick(text: str) -> None:
