@@ -103,6 +103,7 @@ class Replicas:
         self._homes: OrderedDict[str, _Replica] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max_concurrent_requests, thread_name_prefix="ets-requests")
+        self._pings = ThreadPoolExecutor(len(self._replicas), thread_name_prefix="ets-pings")  # wait for no request
 
     @classmethod
     def connect(
@@ -203,6 +204,7 @@ class Replicas:
     def close(self) -> None:
         """Wait for the requests in flight, and close all connections."""
         self._pool.shutdown(wait=True)
+        self._pings.shutdown(wait=True)
         for server in self.servers:
             server.close()
 
@@ -251,7 +253,7 @@ class Replicas:
                 replica.down_until_s = now_s + self._cooldown_s
         with suppress(RuntimeError):  # closed meanwhile
             for replica in due:
-                self._pool.submit(self._ping, replica)
+                self._pings.submit(self._ping, replica)
 
     def _ping(self, replica: _Replica) -> None:
         try:

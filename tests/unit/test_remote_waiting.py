@@ -268,6 +268,32 @@ def test_no_search_waits_while_a_replica_that_was_dead_is_asked() -> None:
     replicas.close()
 
 
+def test_a_dead_replica_is_asked_however_many_requests_wait() -> None:
+    model, gate, now, asked = Model(), Gate(), [0.0], threading.Event()
+    servers = [Server(f"http://{host}/v1", transport=httpx.MockTransport(model)) for host in "ab"]
+    replicas = Replicas(servers, max_concurrent_requests=1, cooldown_s=30, clock=lambda: now[0])
+
+    def fails_once(request: httpx.Request) -> None:
+        model.fault = works
+        raise Answer(503)
+
+    def holds_completions(request: httpx.Request) -> None:
+        if request.url.path == "/v1/models":
+            asked.set()
+        elif request.url.path == "/v1/completions":
+            gate(request)
+
+    model.fault = fails_once
+    replicas.post("/completions", {"prompt": PROBLEM})
+    assert model.hosts == ["a", "b"]
+    now[0], model.fault = 31.0, holds_completions
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(replicas.map, lambda path: replicas.post(path, {"prompt": PROBLEM}), ["/completions"] * 3)
+        with gate.holds():
+            assert asked.wait(SOON_S)
+    replicas.close()
+
+
 def test_what_is_left_of_a_search_is_known_to_all_that_it_asks() -> None:
     cancel, seen = threading.Event(), list[float]()
     replicas = Replicas([Server("http://a/v1")])
