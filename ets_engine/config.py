@@ -139,7 +139,7 @@ class EngineConfig(Config):
         cuda_graphs: Whether decode passes are captured as CUDA graphs, "auto" = where the model allows it. Faster at
             every size that a GPU does in less time than its host needs to launch it.
         compile_layers: Whether decoder layers go through torch.compile: the first passes take tens of seconds, later
-            ones less than without. On a GPU, layers of the usual kind (Llama, Mistral, Qwen2) in bf16 or fp16 have
+            ones less than without. On a GPU, layers of the usual kind (Llama, Mistral, Qwen) in bf16 or fp16 have
             launches of their own, as fast, and are never compiled.
         processes: How many processes search, this one included, each with the same models and KV pools of its own. On a
             CPU, one per core multiplies what small models search together; a model whose passes keep all cores busy

@@ -1,9 +1,9 @@
 """A decoder layer of the usual kind in nine launches, without a compiler; inference only.
 
-Usual is: norm, attention with rotated queries and keys, addition; norm, gated MLP, addition (Llama, Mistral, Qwen2 and
-whoever follows them). torch.compile makes fourteen launches of it, attention's included. Here the rotation stores K and
-V, and additions ride on a norm or on a product. A decode pass in the shape of Llama-3.1-8B is as fast as compiled or a
-little faster, and nobody waits for a compiler first (`cookbook/roofline.md`).
+Usual is: norm, attention with rotated queries and keys, addition; norm, gated MLP, addition (Llama, Mistral, Qwen2, and
+Qwen3, which norms queries and keys as well). torch.compile makes fourteen launches of it, attention's included. Here
+the rotation stores K and V, and additions ride on a norm or on a product. A decode pass in the shape of Llama-3.1-8B is
+as fast as compiled or a little faster, and nobody waits for a compiler first (`cookbook/roofline.md`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ets_engine.runtime.gated_linear import GatedMLP, multiply_gated
-from ets_engine.runtime.hook import ShapeProbe
+from ets_engine.runtime.hook import HeadNorms, Projected, ShapeProbe
 from ets_engine.runtime.joint_linear import LinearPart, is_hooked, is_plain
 from ets_engine.runtime.layer_kernel import add_norm, rotate_and_store
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # that transformers names so
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = ("q_norm", "k_norm")
 TRIED_TOKENS = 8
 TOLERANCE = 2e-2  # of the largest number, on random rows in bf16 or fp16
 
@@ -67,7 +68,8 @@ class FusedLayer(torch.nn.Module):
         cos, sin = position_embeddings
         states, normed = _norm(self.layer.input_layernorm, hidden_states[0].contiguous(), None)
         products = linear(normed, joint.weight, joint.bias)
-        attended = ets_tree.rotate_and_attend(attention.layer_idx, products, cos[0], sin[0], self.scale)
+        projected = Projected(products, cos[0], sin[0], _head_norms(attention))
+        attended = ets_tree.rotate_and_attend(attention.layer_idx, projected, self.scale)
         states, normed = _norm(self.layer.post_attention_layernorm, states, linear(attended.flatten(1), out))
         gated = multiply_gated(normed, mlp.gate_proj.weight, mlp.up_proj.weight)
         return states.addmm_(gated, mlp.down_proj.weight.t())[None]
@@ -92,13 +94,12 @@ class _Recorder:
         self.asked.append(Asked(query, key, value, scale, softcap is None and sinks is None))
         return _random(query.transpose(1, 2))
 
-    def rotate_and_attend(
-        self, layer: int, products: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        kv_heads, dim = self.asked[-1].key.shape[1], cos.shape[1]
+    def rotate_and_attend(self, layer: int, projected: Projected, scale: float) -> torch.Tensor:
+        products = projected.products
+        kv_heads, dim = self.asked[-1].key.shape[1::2]
         cache = products.new_zeros((len(products), 2, kv_heads, dim))
         slots = torch.arange(len(products), dtype=torch.int32, device=products.device)
-        query = rotate_and_store(cache, slots, products, cos, sin).transpose(0, 1)[None]
+        query = rotate_and_store(cache, slots, projected).transpose(0, 1)[None]
         key, value = cache.permute(1, 2, 0, 3)[:, None]
         return self.attend(layer, query, key, value, scale, None, None)[0]
 
@@ -126,11 +127,12 @@ def _has_usual_parts(layer: torch.nn.Module) -> bool:
     if set(parts) != PARTS or not isinstance(parts["mlp"], GatedMLP) or any(map(is_hooked, (layer, *parts.values()))):
         return False
     attention = dict(parts["self_attn"].named_children())
-    if set(attention) != ATTENTION_PARTS:
+    head_norms = [attention.pop(name) for name in HEAD_NORMS if name in attention]
+    if set(attention) != ATTENTION_PARTS or len(head_norms) == 1 or len({_eps(norm) for norm in head_norms}) > 1:
         return False
     out = attention.pop("o_proj")
     joints = {id(one.joint) for one in attention.values() if isinstance(one, LinearPart)}
-    norms = parts["input_layernorm"], parts["post_attention_layernorm"]
+    norms = parts["input_layernorm"], parts["post_attention_layernorm"], *head_norms
     weights = [getattr(norm, "weight", None) for norm in norms]
     return (
         all(isinstance(one, LinearPart) for one in attention.values())
@@ -138,7 +140,8 @@ def _has_usual_parts(layer: torch.nn.Module) -> bool:
         and is_plain(out)
         and out.bias is None
         and all(isinstance(one, torch.Tensor) and one.dtype == out.weight.dtype for one in weights)
-        and all(_eps(norm) is not None for norm in norms)
+        and all(_eps(norm) is not None and not is_hooked(norm) for norm in norms)
+        and all(norm.weight.shape == (parts["self_attn"].head_dim,) for norm in head_norms)
     )
 
 
@@ -176,6 +179,11 @@ def _is_close(expected: torch.Tensor, found: torch.Tensor) -> bool:
 
 def _norm(norm: torch.nn.Module, states: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     return add_norm(states, added, norm.weight, _eps(norm))
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    query, key = (getattr(attention, name, None) for name in HEAD_NORMS)
+    return None if query is None else HeadNorms(query.weight, key.weight, _eps(query))
 
 
 def _eps(norm: torch.nn.Module) -> float | None:

@@ -20,7 +20,7 @@ from ets_engine.attention.kernel import plan_pass, run_work, store
 from ets_engine.attention.work import WorkList
 from ets_engine.kv import DecodeLayout, KVPool
 from ets_engine.runtime.draw_kernel import draw_by_blocks
-from ets_engine.runtime.hook import check_calls
+from ets_engine.runtime.hook import Projected, check_calls
 from ets_engine.runtime.layer_kernel import rotate_and_store
 from ets_engine.runtime.sampler import SamplingParams, is_cut, tabulate
 
@@ -55,13 +55,11 @@ class GraphForward:
         work = self.works[_kind(self.windows[layer], cache)]
         return run_work(query[0].transpose(0, 1), cache, work, scale=scale, softcap=softcap, sinks=sinks)[None]
 
-    def rotate_and_attend(
-        self, layer: int, products: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `TreeForward`; products [T, (H + 2K) x D], cos and sin [T, D] -> [T, H, D]."""
+    def rotate_and_attend(self, layer: int, projected: Projected, scale: float) -> torch.Tensor:
+        """As `attend`, of what is not rotated yet. Shape [T, H, D]."""
         self.calls += 1
         cache = self.pool.layers[layer]
-        query = rotate_and_store(cache, self.write_slots, products, cos, sin)
+        query = rotate_and_store(cache, self.write_slots, projected)
         work = self.works[_kind(self.windows[layer], cache)]
         return run_work(query, cache, work, scale=scale)
 

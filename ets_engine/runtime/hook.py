@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -29,6 +29,36 @@ _REFUSED_ARGUMENTS = {
     "position_bias": "a bias on the attention scores",
     "alibi": "a bias on the attention scores (ALiBi)",
 }
+
+
+class HeadNorms(NamedTuple):
+    """Root mean square norms over each head of queries and of keys.
+
+    Attributes:
+        query_scales: Shape [D].
+        key_scales: Shape [D].
+        eps: Added to the mean square, in both.
+    """
+
+    query_scales: torch.Tensor
+    key_scales: torch.Tensor
+    eps: float
+
+
+class Projected(NamedTuple):
+    """What a layer hands to attention where norms and rotation of its heads are left to it.
+
+    Attributes:
+        products: Queries, keys and values of every token, side by side. Shape [T, (H + 2K) x D], any stride of tokens.
+        cos: Of each token's angles. Shape [T, D].
+        sin: The same.
+        norms: Before the rotation, None = none.
+    """
+
+    products: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    norms: HeadNorms | None = None
 
 
 @dataclass(slots=True)
@@ -78,21 +108,8 @@ class TreeForward:
             works=self.works,
         )[None]
 
-    def rotate_and_attend(
-        self, layer: int, products: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """As `attend`, of queries, keys and values side by side, not yet rotated, by the kernel.
-
-        Args:
-            layer: Its number.
-            products: Shape [T, (H + 2K) x D].
-            cos: Of each token's angles. Shape [T, D].
-            sin: The same.
-            scale: Of scores.
-
-        Returns:
-            Shape [T, H, D].
-        """
+    def rotate_and_attend(self, layer: int, projected: Projected, scale: float) -> torch.Tensor:
+        """As `attend`, by the kernel, of what is not rotated yet. Shape [T, H, D]."""
         from ets_engine.runtime.layer_kernel import rotate_and_store  # Triton, which a CPU goes without
 
         self.calls += 1
@@ -102,7 +119,7 @@ class TreeForward:
             if isinstance(slots, slice):
                 slots = torch.arange(slots.start, slots.stop, device=cache.device)
             self.works["slots"] = slots
-        query = rotate_and_store(cache, slots, products, cos, sin)
+        query = rotate_and_store(cache, slots, projected)
         layout = self.layout.within(self.windows[layer])
         return tree_attention(query, cache, layout, scale=scale, implementation=self.implementation, works=self.works)
 

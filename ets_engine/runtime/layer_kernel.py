@@ -1,6 +1,6 @@
-"""Two launches of a decoder layer, in Triton: addition and norm; rotation, and the storing of new K/V.
+"""Two launches of a decoder layer, in Triton: addition and norm; norm and rotation of heads, and storing of new K/V.
 
-Norms and rotations are fp32 and rounded where a model rounds its norm: before it is scaled, and after.
+All is computed in fp32. What has been normed is rounded before it is scaled and after, as in models.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ets_engine.attention.kernel import starts_early
+from ets_engine.runtime.hook import Projected
 
 NORM_WARPS = 8
 
@@ -48,21 +49,18 @@ def add_norm(
     return summed, normed
 
 
-def rotate_and_store(
-    cache: torch.Tensor, slots: torch.Tensor, products: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """Rotate queries and keys by their positions, and write K and V of the new tokens; in one launch.
+def rotate_and_store(cache: torch.Tensor, slots: torch.Tensor, projected: Projected) -> torch.Tensor:
+    """Norm queries and keys if that is asked, rotate them, and write K and V of the new tokens; in one launch.
 
     Args:
         cache: Of one layer, contiguous. Shape [S, 2, K, D].
         slots: Where each token goes, -1 = nowhere. Shape [T], int32.
-        products: Queries, keys and values of every token, side by side. Shape [T, (H + 2K) x D].
-        cos: Of the angles, a half of a head like the other. Shape [T, D].
-        sin: The same.
+        projected: Of those tokens; D is even.
 
     Returns:
         Queries. Shape [T, H, D].
     """
+    products, cos, sin, norms = projected
     tokens, kv_heads, dim = len(products), *cache.shape[2:]
     heads = products.shape[1] // dim - 2 * kv_heads
     group = heads // kv_heads
@@ -75,6 +73,7 @@ def rotate_and_store(
             cos,
             sin,
             query,
+            *(norms or (None, None, 0.0)),
             products.stride(0),
             cos.stride(0),
             sin.stride(0),
@@ -128,6 +127,9 @@ def _rotate_and_store(
     cos,  # [T, D], strided
     sin,  # [T, D], strided
     query,  # [T, H, D]
+    query_scales,  # [D], of norms over each head, or None
+    key_scales,  # [D]
+    eps,
     product_stride,
     cos_stride,
     sin_stride,
@@ -157,6 +159,16 @@ def _rotate_and_store(
     left_sin, right_sin = tl.load(sin + angle, mask=there), tl.load(sin + angle + HALF, mask=there)
     kind = left.dtype
     left, right = left.to(tl.float32), right.to(tl.float32)
+    if query_scales is not None:
+        squares = tl.sum(left * left + right * right, 1, keep_dims=True)
+        normed = tl.rsqrt(squares / (2 * HALF) + eps)
+        scales = tl.where(number < GROUP, query_scales + half, key_scales + half)
+        left_scale, right_scale = (
+            tl.load(scales, mask=inside, other=0.0),
+            tl.load(scales + HALF, mask=inside, other=0.0),
+        )
+        left = ((left * normed).to(kind).to(tl.float32) * left_scale.to(tl.float32)).to(kind).to(tl.float32)
+        right = ((right * normed).to(kind).to(tl.float32) * right_scale.to(tl.float32)).to(kind).to(tl.float32)
     turned = (left * left_cos.to(tl.float32) - right * left_sin.to(tl.float32)).to(kind)
     turned_right = (right * right_cos.to(tl.float32) + left * right_sin.to(tl.float32)).to(kind)
     written = query + (token * (KV_HEADS * GROUP) + head) * (2 * HALF) + half

@@ -304,6 +304,7 @@ if INTERPRETED:
         """As transformers rotates; a token without a slot is stored nowhere."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+        from ets_engine.runtime.hook import Projected
         from ets_engine.runtime.layer_kernel import rotate_and_store
 
         generator = torch.Generator().manual_seed(0)
@@ -313,7 +314,7 @@ if INTERPRETED:
             products, cos, sin = wide[:, :-3], angles.cos().to(dtype), angles.sin().to(dtype)
             cache = torch.full((9, 2, kv_heads, dim), 7.0, dtype=dtype)
             slots = torch.tensor([4, -1, 8, 0, 2], dtype=torch.int32)
-            query = rotate_and_store(cache, slots, products, cos, sin)
+            query = rotate_and_store(cache, slots, Projected(products, cos, sin))
             parts = products.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
             q, k, v = (part.unflatten(-1, (-1, dim)).transpose(0, 1)[None].double() for part in parts)
             exact = apply_rotary_pos_emb(q, k, cos[None].double(), sin[None].double())
@@ -325,10 +326,10 @@ if INTERPRETED:
             assert torch.equal(stored[:, 1].double(), v[0].transpose(0, 1)[there])
             assert bool((cache[[1, 3, 5, 6, 7]] == 7).all())
 
-    @pytest.mark.parametrize("kind", ["llama", "heads apart", "qwen2"])
+    @pytest.mark.parametrize("kind", ["llama", "heads apart", "qwen2", "qwen3"])
     def test_fused_layers_give_what_their_layers_give(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Prompt, then branches token by token in graphs; loading compares them with plain attention as well."""
-        from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+        import transformers
 
         from ets_engine.runtime import Runner
         from ets_engine.runtime.fused_layer import fuse_layers
@@ -341,8 +342,9 @@ if INTERPRETED:
         sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4 if kind == "heads apart" else 2}
         torch.manual_seed(0)
-        config = (Qwen2Config if kind == "qwen2" else LlamaConfig)(**sizes, initializer_range=0.2)
-        model = (Qwen2ForCausalLM if kind == "qwen2" else LlamaForCausalLM)(config).to(FP16).eval()
+        family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(kind, "Llama")
+        config = getattr(transformers, f"{family}Config")(**sizes, head_dim=16, initializer_range=0.2)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).to(FP16).eval()
         for parameter in model.parameters():  # norms that are not one, biases that are not zero
             parameter.data += 0.1 * torch.randn(parameter.shape).to(FP16)
         plain = copy.deepcopy(model)
@@ -376,8 +378,8 @@ if INTERPRETED:
             GraniteForCausalLM,
             LlamaConfig,
             LlamaForCausalLM,
-            Qwen3Config,
-            Qwen3ForCausalLM,
+            Olmo2Config,
+            Olmo2ForCausalLM,
         )
 
         from ets_engine.runtime.fused_layer import fuse_layers
@@ -390,7 +392,7 @@ if INTERPRETED:
         usual = LlamaForCausalLM(LlamaConfig(**sizes)).to(BF16)
         for others in (
             GraniteForCausalLM(GraniteConfig(**sizes, residual_multiplier=0.22)).to(BF16),  # adds less of a product
-            Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)).to(BF16),  # norms of queries and keys
+            Olmo2ForCausalLM(Olmo2Config(**sizes)).to(BF16),  # norms after, of queries and keys over all heads
             LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True)).to(BF16),  # to the addition
             LlamaForCausalLM(LlamaConfig(**sizes)),  # fp32
         ):

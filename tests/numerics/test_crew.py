@@ -11,7 +11,7 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def frozen(engine: ETSEngine) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid_of(engine), signal.SIGCONT)
+        with suppress(ProcessLookupError):  # it was killed
+            os.kill(pid_of(engine), signal.SIGCONT)
 
 
 def test_results_are_those_of_one_process(engine: ETSEngine, alone: ETSEngine, monkeypatch: pytest.MonkeyPatch) -> None:

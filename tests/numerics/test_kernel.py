@@ -44,7 +44,7 @@ def test_the_kernel_equals_the_specification_in_the_interpreter() -> None:
         pytest.skip(f"the interpreter of triton 3.6 is known to run the kernel, {found} has another")
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     output = run(["-m", "pytest", *options, str(CASES)], TRITON_INTERPRET="1")
-    assert f"{len(kernel_cases.SMALL) + 13} passed" in output
+    assert f"{len(kernel_cases.SMALL) + 14} passed" in output
 
 
 def test_importing_attention_loads_no_compiler() -> None:
@@ -115,8 +115,9 @@ for dtype, size, dim, height, capability, shared_kb, extras in (
         types = {name: "*" + dtype for name in ("cache", "products", "cos", "sin", "query")} | {"slots": "*i32"}
         types |= {f"{name}_stride": "i32" for name in ("product", "cos", "sin")}
         sizes = {"KV_HEADS": 8, "GROUP": 4, "HALF": dim // 2, "BLOCK_G": 8, "BLOCK_H": block_d // 2} | early
-        result = compiled(layer_kernel._rotate_and_store, types, sizes, {"num_warps": 1}, capability)
-        assert result.asm["cubin"] and not re.search(r"[.]local", result.asm["ptx"])
+        for norms in ({}, {"query_scales": "*" + dtype, "key_scales": "*" + dtype, "eps": "fp32"}):
+            result = compiled(layer_kernel._rotate_and_store, types | norms, sizes, {"num_warps": 1}, capability)
+            assert result.asm["cubin"] and not re.search(r"[.]local", result.asm["ptx"])
     types = {name: "*fp32" for name in ("temperatures", "tops", "sums", "tempered")} | {"logits": "*" + dtype}
     types |= {name: "i32" for name in ("row_stride", "vocabulary", "count")}
     assert compiled(draw_kernel._sum_blocks, types, {"BLOCK": 256, "BLOCKS_AT_ONCE": 8}, {}, capability).asm["cubin"]
