@@ -223,8 +223,9 @@ def is_interpreted() -> bool:
 def starts_early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that begins while the one before it ends: it reads its work list, then waits for the other.
 
-    Programmatic dependent launch, which GPUs have from Hopper on. No kernel writes a work list or a weight: both were
-    copied, and a copy has ended before anything begins.
+    Programmatic dependent launch, which GPUs have from Hopper on. Before it waits, a kernel reads nothing but its work
+    list, which is copied, or the weights of a norm: a copy, and whatever is launched in the usual way, has ended before
+    anything begins.
     """
     is_nvidia = device.type == "cuda" and torch.version.cuda is not None and not is_interpreted()
     early = is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -9,6 +9,7 @@ multiprocessors idle. Inference only.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -148,7 +149,8 @@ def _is_gated(module: torch.nn.Module, gate: torch.nn.Linear, up: torch.nn.Linea
     expected = down(torch.nn.functional.silu(gate(rows)) * up(rows))
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
-    return torch.allclose(found, expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
+    largest = float(expected.abs().max())
+    return math.isfinite(largest) and torch.allclose(found, expected, rtol=0, atol=1e-2 * largest)
 
 
 @triton.jit

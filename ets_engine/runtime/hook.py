@@ -80,6 +80,7 @@ class TreeForward:
     implementation: Implementation = "eager"
     works: dict[Hashable, Any] = field(default_factory=dict)
     calls: int = 0
+    _slots: torch.Tensor | None = None  # the layout's, one by one
 
     def attend(
         self,
@@ -113,13 +114,12 @@ class TreeForward:
         from ets_engine.runtime.layer_kernel import rotate_and_store  # Triton, which a CPU goes without
 
         self.calls += 1
-        cache, slots = self.pool.layers[layer], self.works.get("slots")
-        if slots is None:
+        cache = self.pool.layers[layer]
+        if self._slots is None:
             slots = self.layout.write_slots
-            if isinstance(slots, slice):
-                slots = torch.arange(slots.start, slots.stop, device=cache.device)
-            self.works["slots"] = slots
-        query = rotate_and_store(cache, slots, projected)
+            is_run = isinstance(slots, slice)
+            self._slots = torch.arange(slots.start, slots.stop, device=cache.device) if is_run else slots
+        query = rotate_and_store(cache, self._slots, projected)
         layout = self.layout.within(self.windows[layer])
         return tree_attention(query, cache, layout, scale=scale, implementation=self.implementation, works=self.works)
 

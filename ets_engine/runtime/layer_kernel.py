@@ -54,7 +54,7 @@ def rotate_and_store(cache: torch.Tensor, slots: torch.Tensor, projected: Projec
 
     Args:
         cache: Of one layer, contiguous. Shape [S, 2, K, D].
-        slots: Where each token goes, -1 = nowhere. Shape [T], int32.
+        slots: Where each token goes, -1 = nowhere. Shape [T], integers.
         projected: Of those tokens; D is even.
 
     Returns:

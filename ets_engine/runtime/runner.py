@@ -70,7 +70,7 @@ class Runner:
 
     Args:
         model: As `AutoModelForCausalLM` or `AutoModelForTokenClassification` loads it; switched to tree attention and
-            to evaluation for good.
+            to evaluation for good. Some of its modules are replaced, by which names of weights change on a GPU.
         config: Pages, pool limit and prefill chunk; device and dtype are the model's own.
         verify: Compare tree attention with the model's own on a few tokens at load. Only skip it for a checkpoint
             that passed before.

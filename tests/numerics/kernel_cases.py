@@ -350,7 +350,7 @@ if INTERPRETED:
         plain = copy.deepcopy(model)
         assert (join_linears(model), join_gates(model)) == (2, 2)
         use_tree_attention(model)
-        assert (len(fuse_layers(model)), len(fuse_layers(model))) == (2, 0)
+        assert (len(fuse_layers(model)), len(fuse_layers(model))) == (2, 2)
         emulate_gpu(monkeypatch)
         runner = Runner(model)
         called: Counter[type] = Counter()
@@ -374,6 +374,8 @@ if INTERPRETED:
 
     def test_layers_that_are_not_as_usual_stay_as_they_are() -> None:
         from transformers import (
+            Glm4MoeConfig,
+            Glm4MoeForCausalLM,
             GraniteConfig,
             GraniteForCausalLM,
             LlamaConfig,
@@ -389,12 +391,18 @@ if INTERPRETED:
 
         sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-        usual = LlamaForCausalLM(LlamaConfig(**sizes)).to(BF16)
+        usual, broken = (LlamaForCausalLM(LlamaConfig(**sizes)).to(FP16) for _ in range(2))
+        for layer in broken.model.layers:
+            layer.mlp.down_proj.weight.data[0] = 6e4  # whose products are too large for fp16: equal to nothing
         for others in (
-            GraniteForCausalLM(GraniteConfig(**sizes, residual_multiplier=0.22)).to(BF16),  # adds less of a product
+            broken,
+            GraniteForCausalLM(GraniteConfig(**sizes, residual_multiplier=0.98)).to(FP16),  # adds less of a product
             Olmo2ForCausalLM(Olmo2Config(**sizes)).to(BF16),  # norms after, of queries and keys over all heads
             LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True)).to(BF16),  # to the addition
             LlamaForCausalLM(LlamaConfig(**sizes)),  # fp32
+            Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, head_dim=16, first_k_dense_replace=2, use_qk_norm=False)).to(
+                FP16
+            ),  # rotates the half of each head
         ):
             assert join_linears(others) == 2
             join_gates(others)
