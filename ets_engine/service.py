@@ -17,6 +17,7 @@ from ets_engine.errors import ConfigError, EngineError, ETSError
 from ets_engine.loading import load_models
 from ets_engine.messages import Prompt, last_user_text, problem_text, to_messages
 from ets_engine.models import PolicyFormat, Preset, PrmFormat, Probe
+from ets_engine.models.description import describe_model
 from ets_engine.models.formats import encode
 from ets_engine.protocols import Cancel, Embedder, SearchOptions, StepView, check_options
 from ets_engine.reference import REFERENCE, check_domain
@@ -28,7 +29,7 @@ from ets_engine.serving.crew import Crew
 from ets_engine.serving.helper import Helper
 from ets_engine.serving.messages import Order
 from ets_engine.serving.result import measure_job
-from ets_engine.types import EngineDescription, EngineStats, ModelDescription, SearchResult
+from ets_engine.types import EngineDescription, EngineStats, SearchResult
 
 Key = tuple[str, str | None, EngineConfig]
 """What an engine was loaded from: policy, verifier, settings."""
@@ -110,8 +111,8 @@ class ETSEngine:
         names = (None, None) if key is None else (key[0], key[1] or (prm and REFERENCE))
         own = "embedder" if embedder else "the policy's own hidden states"
         self._description = EngineDescription(
-            policy=_describe(policy, names[0], policy_format.preset.name, policy_format.describe()),
-            verifier=prm and _describe(prm[0], names[1], prm[1].name, {"score": prm[1].details}),
+            policy=describe_model(policy, names[0], policy_format.preset.name, policy_format.describe()),
+            verifier=prm and describe_model(prm[0], names[1], prm[1].name, {"score": prm[1].details}),
             verifier_name=names[1] or (prm and prm[1].name) or getattr(self._own, "id", None),
             embedder=own if key is None or key[2].embedder is None else key[2].embedder,
         )
@@ -427,24 +428,6 @@ def _start_helpers(helpers: list[Helper], order: Order, preset: Preset | None) -
 def _name(model: str, verifier: str | None, config: EngineConfig) -> str:
     """Of an engine: its models, and whatever else decides its answers."""
     return "+".join([model, *([] if verifier is None else [verifier]), *config.changed(_DECIDING)])
-
-
-def _describe(runner: Runner, name: str | None, format: str, details: dict[str, str]) -> ModelDescription:
-    pages, model = runner.tree.pool.max_pages, runner.model
-    return ModelDescription(
-        name=name or "given",
-        architecture=type(model).__name__,
-        format=format,
-        details=details,
-        attention=f"tree attention over {len(runner.tree.pool.shapes)} layers",
-        dtype=str(runner.dtype).removeprefix("torch."),
-        device=str(runner.device),
-        parameters=runner.num_parameters,
-        weight_bytes=sum(one.numel() * one.element_size() for one in model.parameters()),
-        context_tokens=runner.context_tokens,
-        kv_bytes_per_token=runner.bytes_per_token,
-        kv_pool_tokens=None if pages is None else pages * runner.tree.pool.page_tokens,
-    )
 
 
 class _Stop:

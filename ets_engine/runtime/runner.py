@@ -128,6 +128,7 @@ class Runner:
             fused = fuse_layers(model)
         if self.config.compile_layers:
             compile_layers(model, skipped=fused)
+        self.fused_layers = len(fused)
         self.weight_bytes, self.head_bytes = _weight_bytes(self._base, self._head)
         self.stats = RunnerStats()
         self._use_pool(shapes, None, LOAD_TOKENS)

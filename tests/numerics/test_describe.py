@@ -7,8 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from ets_engine.config import EngineConfig, SearchConfig
+from ets_engine.models.description import describe_model
+from ets_engine.runtime import Runner
 from ets_engine.service import ETSEngine
 from ets_engine.types import EngineDescription, ModelDescription
+
+from .conftest import tiny_model
 
 LAYERS, HIDDEN, MLP, VOCABULARY, HEAD_DIM = 3, 32, 48, 61, 8
 EMBEDDINGS = VOCABULARY * HIDDEN
@@ -52,6 +56,21 @@ def test_bytes_are_those_of_a_search(engine: ETSEngine) -> None:
     assert result.kv is not None and result.verifier_kv is not None and found.verifier is not None
     assert result.kv.bytes_per_token == found.policy.kv_bytes_per_token
     assert result.verifier_kv.bytes_per_token == found.verifier.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("fused", "graphs", "said"),
+    [
+        (0, None, ""),
+        (LAYERS - 1, None, f", {LAYERS - 1} of them fused"),
+        (LAYERS, object(), ", all of them fused, passes of one token a branch in CUDA graphs"),
+    ],
+)
+def test_how_a_model_runs_on_a_gpu(fused: int, graphs: object, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(tiny_model("llama", num_hidden_layers=LAYERS))
+    monkeypatch.setattr(runner, "fused_layers", fused)
+    monkeypatch.setattr(runner._passes, "graphs", graphs)
+    assert describe_model(runner, None, "", {}).attention == f"tree attention over {LAYERS} layers{said}"
 
 
 def test_what_formats_mean_here(engine: ETSEngine) -> None:
