@@ -26,6 +26,7 @@ Reduce = Literal["last", "min", "prod", "mean"]
 Vote = Literal["best", "majority", "weighted"]
 VerifierFormat = Literal["auto", "math_shepherd", "llemma", "rlhflow", "skywork", "qwen", "trl"]
 
+MAX_LAMBDA = 1e6  # far beyond what prunes all but one branch; HiGHS fails on numbers of 1e16
 REMOTE = "openai:"
 """What the name of a model behind OpenAI-compatible servers begins with."""
 
@@ -108,8 +109,8 @@ class SearchConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**63)
     keep: int | None = Field(default=None, ge=1)
     softmax_temperature: float = Field(default=0.2, gt=0.0)
-    lambda_b: float = Field(default=1.0, ge=0.0)
-    lambda_d: float = Field(default=1.0, ge=0.0)
+    lambda_b: float = Field(default=1.0, ge=0.0, le=MAX_LAMBDA)
+    lambda_d: float = Field(default=1.0, ge=0.0, le=MAX_LAMBDA)
     cluster_cut: float = Field(default=0.2, ge=0.0, le=2.0)
     node_cost: Literal["tokens", "nodes"] = "tokens"
     allocation: Literal["floor_one", "ceil"] = "floor_one"

@@ -143,8 +143,8 @@ def _rank(candidate: Candidate, vote: Vote) -> tuple[float, float, float]:
     """Higher is better; equal ranks keep their order, earliest first."""
     match vote:
         case "best":
-            return (candidate.score, candidate.weight, candidate.score)
+            return (candidate.score, candidate.weight, candidate.votes)
         case "majority":
             return (candidate.votes, candidate.weight, candidate.score)
         case "weighted":
-            return (candidate.weight, candidate.weight, candidate.score)
+            return (candidate.weight, candidate.votes, candidate.score)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from ets_engine.config import MAX_LAMBDA
 from ets_engine.errors import ConfigError, ContextLengthError
 from ets_engine.protocols import Frontier, Selection
 from ets_engine.search.allocate import ceil_shares, floor_one_shares, scatter
@@ -72,8 +72,8 @@ class Ets:
         """Refuse settings out of range."""
         for name in ("lambda_b", "lambda_d"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name}={value}: must be a finite number >= 0")
+            if not 0 <= value <= MAX_LAMBDA:
+                raise ConfigError(f"{name}={value}: must be a number from 0 to {MAX_LAMBDA:g}")
         if not 0 <= self.cluster_cut <= 2:
             raise ConfigError(f"cluster_cut={self.cluster_cut}: a cosine distance lies in [0, 2]")
         check_positive("softmax_temperature", self.softmax_temperature)
@@ -158,13 +158,18 @@ EtsKv = partial(Ets, lambda_d=0.0)
 
 
 def _reserve_children(problem: KeepProblem, budget_tokens: int, frontier: Frontier, open_width: int) -> KeepProblem:
-    """The problem under a hard budget: the whole width is set aside if any path fits beside it, else one child a leaf.
+    """The problem under a hard budget: the whole width is set aside if the best path fits too, else one child a leaf.
+
+    The best is that of the leaf with the largest reward, then score: a width that only lesser ones fit beside is not
+    worth having.
 
     Raises:
         ContextLengthError: Not even the shortest path and one child fit.
     """
     step_tokens = frontier.max_step_tokens
-    shortest = min(_path_tokens(problem, frontier, [leaf]) for leaf in range(len(frontier.leaves)))
+    paths = [_path_tokens(problem, frontier, [leaf]) for leaf in range(len(frontier.leaves))]
+    shortest = min(paths)
+    best = max(range(len(paths)), key=lambda leaf: (problem.rewards[leaf], frontier.scores[leaf], -paths[leaf]))
     if shortest + step_tokens > budget_tokens:
         raise ContextLengthError(
             f"the shortest path ({shortest} tokens) and a step ({step_tokens}) need {shortest + step_tokens}"
@@ -172,7 +177,7 @@ def _reserve_children(problem: KeepProblem, budget_tokens: int, frontier: Fronti
         )
     reserved = open_width * step_tokens
     sizes = list(frontier.num_tokens)
-    if shortest + reserved > budget_tokens:
+    if paths[best] + reserved > budget_tokens:
         reserved = 0
         for node in frontier.leaves:
             sizes[node] += step_tokens

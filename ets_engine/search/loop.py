@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -63,8 +62,11 @@ def search(
     except StopSearch:
         tree = SearchTree(0) if tree is None else tree
         tree.stopped = True
-    with suppress(StopSearch):  # too late to stop anything
-        yield Progress(_event(tree, "end", ()))
+    ended = Progress(_event(tree, "end", ()))
+    try:
+        yield ended
+    except StopSearch:  # too late to stop anything
+        yield ended
     return tree
 
 
@@ -105,7 +107,9 @@ def _select(
     if selector.needs_embeddings and len(leaves) > 1:
         texts = tuple(tree[leaf].step.text for leaf in leaves)
         embeddings = check_embeddings((yield Embed(leaves, texts)), leaves)
-    frontier = build_frontier(tree, leaves, max_step_tokens=config.max_step_tokens, embeddings=embeddings)
+    left_tokens = config.max_tokens + tree.prompt_tokens - min(map(tree.tokens_to, leaves))
+    step_tokens = min(config.max_step_tokens, left_tokens)
+    frontier = build_frontier(tree, leaves, max_step_tokens=step_tokens, embeddings=embeddings)
     started_s = clock() if clock else 0.0
     try:
         selection = selector.select(frontier, open_width)

@@ -36,8 +36,7 @@ def presolve(problem: KeepProblem) -> Reduced:
         problem: With clusters, without capacity and `max_kept`, prices >= 0.
 
     Returns:
-        The decided leaves and the open rest. If `kept` is empty and nothing in `rest` gains, a dropped leaf may be the
-        least of the evils, since one leaf has to be kept.
+        The decided leaves and the open rest. Where nothing gains both are empty, or the best of `rest` is its stand-in.
 
     Example:
         >>> toy = KeepProblem((-1, 0, 0), (1, 2), (0.75, 0.25), (0.25, 0.25, 0.5), clusters=(0, 1), cluster_worth=0.5)
@@ -122,7 +121,7 @@ class _Presolve:
     def _remainder(self, kept: tuple[int, ...], rest: list[int]) -> Reduced:
         """The open leaves below one root that stands for everything fixed.
 
-        With something fixed, a leaf that costs nothing stands in for it, so that keeping no other is allowed.
+        A leaf that costs nothing stands in for what is fixed, or for nothing, so that keeping no other is allowed.
         """
         problem = self._problem
         above = sorted({node for leaf in rest for node in problem.path(leaf) if not self._fixed[node]})
@@ -136,13 +135,12 @@ class _Presolve:
         rewards = [self._rewards[leaf] for leaf in rest]
         clusters = [numbers[self._clusters[leaf]] for leaf in rest]
         names = list(rest)
-        if kept:
-            parents.append(0)
-            prices.append(0.0)
-            leaves.append(len(parents) - 1)
-            rewards.append(1.0)
-            clusters.append(-1)
-            names.append(-1)
+        parents.append(0)
+        prices.append(0.0)
+        leaves.append(len(parents) - 1)
+        rewards.append(1.0)
+        clusters.append(-1)
+        names.append(-1)
         smaller = KeepProblem(
             tuple(parents), tuple(leaves), tuple(rewards), tuple(prices), tuple(clusters), problem.cluster_worth
         )

@@ -54,6 +54,25 @@ class KeepProblem:
                 node = self.parents[node]
         return nodes
 
+    def below(self, top: int) -> tuple[list[int], KeepProblem]:
+        """The problem of one node's subtree, without limits, and the leaf here behind each of its leaves. Shape [R]."""
+        places = {top: 0}
+        for node in range(top + 1, len(self.parents)):
+            if self.parents[node] in places:
+                places[node] = len(places)
+        names = [leaf for leaf, node in enumerate(self.leaves) if node in places]
+        numbers = {-1: -1}
+        for leaf in names if self.clusters else ():
+            numbers.setdefault(self.clusters[leaf], len(numbers) - 1)
+        return names, KeepProblem(
+            (-1, *(places[self.parents[node]] for node in places if node != top)),
+            tuple(places[self.leaves[leaf]] for leaf in names),
+            tuple(self.rewards[leaf] for leaf in names),
+            tuple(self.prices[node] for node in places),
+            tuple(numbers[self.clusters[leaf]] for leaf in names if self.clusters),
+            self.cluster_worth,
+        )
+
     def own_prices(self) -> list[float]:
         """Price of the nodes that each leaf shares with no other: what pruning it alone would save. Shape [L].
 

@@ -102,17 +102,42 @@ def solve_reduced(problem: KeepProblem) -> tuple[int, ...] | None:
         >>> solve_reduced(toy)
         (0, 1)
     """
+    gaining = _best_gaining(problem)
+    return None if gaining is None else drop_idle(problem, gaining or _least_evil(problem))
+
+
+def _best_gaining(problem: KeepProblem) -> tuple[int, ...] | None:
+    """The best set of leaves if the root were paid for, empty when none gains then, None when HiGHS failed."""
     reduced = presolve(problem)
     if reduced.rest is None:
-        return drop_idle(problem, reduced.kept) if reduced.kept else solve_milp(problem)
+        return reduced.kept
     small = coverage_cells(reduced.rest) <= _MAX_CELLS
     found = solve_coverage(reduced.rest) if small else solve_milp(reduced.rest)
     if found is None:
         return None
-    kept = tuple(sorted({*reduced.kept, *(reduced.names[leaf] for leaf in found if reduced.names[leaf] >= 0)}))
-    if not reduced.kept and reduced.rest.objective(found) <= 0:
-        return solve_milp(problem)  # nothing pays for itself, and presolve may have dropped the least of the evils
-    return drop_idle(problem, kept)
+    return tuple(sorted({*reduced.kept, *(reduced.names[leaf] for leaf in found if reduced.names[leaf] >= 0)}))
+
+
+def _least_evil(problem: KeepProblem) -> tuple[int, ...]:
+    """The best set when none gains, without a program over all leaves.
+
+    Leaves below several children of the root are worth no more together than apart, for clusters count once. Apart
+    none of them gains, so the best lies below one child; its price paid, the same holds there.
+    """
+    options: list[tuple[int, ...]] = []
+    left = [(list(range(len(problem.leaves))), problem)]
+    while left:
+        names, above = left.pop()
+        for child in [node for node, parent in enumerate(above.parents) if parent == 0]:
+            while above.parents.count(child) == 1:  # whatever is kept below pays for all of a chain
+                child = above.parents.index(child)
+            leaves, below = above.below(child)
+            own = [names[leaf] for leaf in leaves]
+            if gaining := _best_gaining(below):
+                options.append(tuple(own[leaf] for leaf in gaining))
+            else:
+                left.append((own, below))
+    return max(options, key=problem.objective)
 
 
 def solve_milp(problem: KeepProblem) -> tuple[int, ...] | None:

@@ -43,6 +43,8 @@ def test_votes(vote, order):
         ("majority", [0.5, 0.5, 0.75, 0.25], ["a", "a", "b", "b"], "b"),  # equal weight: higher best score
         ("weighted", [0.5, 0.5, 0.75, 0.25], ["a", "a", "b", "b"], "b"),
         ("best", [0.5, 0.5, 0.1], ["a", "b", "b"], "b"),  # equal best score: higher weight
+        ("weighted", [0.0, 0.0, 0.0], ["a", "b", "b"], "b"),  # equal weight: more votes
+        ("best", [0.0, 0.0, 0.0], ["a", "b", "b"], "b"),
         ("weighted", [0.5, 0.5], ["a", "b"], "a"),  # equal in all: the earliest
         ("best", [0.5, 0.5], ["b", "a"], "b"),
     ],

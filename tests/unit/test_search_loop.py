@@ -304,8 +304,9 @@ def test_a_stop_after_the_end_is_too_late():
     sent = {Start: 10, Expand: [Step("a", 1, END)], Score: [0.5]}
     while not (isinstance(request, Progress) and request.event.kind == "end"):
         request = searching.send(sent.get(type(request)))
+    assert searching.throw(StopSearch()) == request  # nobody has seen it yet
     with pytest.raises(StopIteration) as ended:
-        searching.throw(StopSearch())
+        searching.send(None)
     assert not ended.value.value.stopped
 
 

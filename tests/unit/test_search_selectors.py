@@ -190,9 +190,8 @@ def test_ets_needs_embeddings_only_for_coverage():
         (130, (2, 2, 2)),  # 10 + 60 for the tree and 6 * 10 for children: everything fits
         (120, (3, 3, 0)),  # 50 tokens for leaves beside six children: 1/2 + 1/3
         (110, (3, 0, 3)),  # 40 tokens: 1/2 + 1/6
-        (99, (0, 6, 0)),  # 29 tokens: 1/3
-        (80, (0, 0, 6)),  # 10 tokens, exactly the last leaf
-        (79, (1, 0, 1)),  # six children fit beside nothing: one is set aside for each leaf, 10 + 40 + 20
+        (99, (2, 1, 0)),  # six children do not fit beside it: one is set aside for each leaf, 10 + 40 + 30
+        (79, (1, 0, 1)),  # 10 + 40 + 20
         (50, (1, 0, 0)),  # 10 + 40
         (30, (0, 0, 1)),  # 10 + 20, and not a token less
     ],
@@ -223,6 +222,9 @@ def test_a_budget_for_nothing_says_what_it_needs():
         (lambda: Dora(similarity_temperature=-1.0), "similarity_temperature=-1.0"),
         (lambda: Ets(lambda_b=-1.0), "lambda_b=-1.0"),
         (lambda: Ets(lambda_d=float("inf")), "lambda_d=inf"),
+        (lambda: Ets(lambda_b=float("nan")), "lambda_b=nan"),
+        (lambda: Ets(lambda_b=2e6), "lambda_b=2000000.0: must be a number from 0 to 1e"),
+        (lambda: SearchConfig(lambda_d=2e6), "lambda_d"),
         (lambda: Ets(cluster_cut=2.5), "cluster_cut=2.5"),
         (lambda: Ets(node_cost="pages"), "node_cost='pages'"),
         (lambda: Ets(kv_budget_tokens=0), "kv_budget_tokens=0"),

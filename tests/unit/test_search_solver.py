@@ -74,6 +74,34 @@ def test_the_least_evil_may_be_several_leaves():
     assert solve_knapsack(tight) == solve(tight) == (2,)
 
 
+def test_the_least_evil_is_found_without_the_program_over_all_leaves(monkeypatch):
+    """On random trees with prices that nothing pays for, against every set of leaves."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for _ in range(60):
+        parents = [-1, *(int(rng.integers(max(0, node - 4), node)) for node in range(1, 14))]
+        leaves = [node for node in range(14) if node not in parents]
+        rewards = rng.dirichlet(np.ones(len(leaves)))
+        prices = rng.uniform(0.0, 1.5, 14)
+        clusters = rng.integers(0, 3, len(leaves))
+        cases.append(
+            KeepProblem(*map(tuple, (parents, leaves, rewards.tolist(), prices.tolist(), clusters.tolist())), 0.1)
+        )
+    monkeypatch.setattr("ets_engine.search.solver.milp", None)
+    losing = 0
+    for problem in cases:
+        best = max(problem.objective(kept) for kept in sets_of(len(problem.leaves)))
+        losing += best + problem.prices[0] < 0
+        kept = solve(problem)
+        assert kept and problem.objective(kept) == pytest.approx(best, abs=1e-12)
+    assert losing > 20
+
+
+def sets_of(count: int) -> list[list[int]]:
+    """All sets of leaves but the empty one."""
+    return [[leaf for leaf in range(count) if bits >> leaf & 1] for bits in range(1, 1 << count)]
+
+
 def test_root_only():
     problem = KeepProblem((-1,), (0,), (1.0,), (5.0,), (0,), 1.0)
     assert solve(problem) == solve_milp(problem) == solve_tree(problem) == solve_greedy(problem) == (0,)
