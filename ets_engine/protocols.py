@@ -34,7 +34,7 @@ class Frontier:
         scores: Score of each leaf, finite, in [0, 1]. Shape [L].
         subtrees: Which child of the root each leaf descends from (0, 1, ...; the root itself is 0). Shape [L].
         depth: Depth of the leaves.
-        max_step_tokens: Most tokens one child may add, for a hard KV budget.
+        max_step_tokens: Most tokens one child may add, for a hard KV budget; less than a step where `max_tokens` is near.
         embeddings: One vector per leaf, or None when the selector did not ask or L is 1. Shape [L, D].
     """
 
@@ -85,7 +85,11 @@ class Policy(Protocol):
         ...
 
     def expand(self, parents: Sequence[int], children: Sequence[int]) -> Sequence[Step]:
-        """Propose one step per child, `children[i]` below `parents[i]`, in one batch; a failed branch is a Step."""
+        """Propose one step per child, `children[i]` below `parents[i]`, in one batch; a failed branch is a Step.
+
+        No step may be longer than `max_step_tokens`, and no trajectory than `max_tokens`: a hard KV budget sets aside
+        no more than that.
+        """
         ...
 
     def retain(self, leaves: Sequence[int]) -> None:

@@ -316,6 +316,18 @@ def test_stopping_before_the_prompt_is_read():
     assert searching.throw(StopSearch()).event.kind == "end"
 
 
+def test_a_hard_budget_sets_aside_no_more_than_trajectories_may_still_write():
+    settings = {"strategy": "ets_kv", "width": 2, "max_step_tokens": 100, "max_tokens": 10, "kv_budget_tokens": 30}
+    tree, policy, _ = scripted(
+        [Step("a", 4), Step("b", 4)],
+        [Step("a1", 6), Step("a2", 6)],
+        table={"a": 0.9, "b": 0.1},
+        settings=settings,
+    )
+    assert policy.expanded == [(0, 0), (1, 1)]  # 10 + 2 * 10, then 10 + 4 + 2 * 6
+    assert policy.peak_tokens <= 30 and not tree.stopped
+
+
 @pytest.mark.parametrize("stops", ["start", "expand", "score"])
 def test_policy_and_verifier_may_stop_the_search(stops):
     class Policy(FakePolicy):
