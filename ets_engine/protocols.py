@@ -34,7 +34,7 @@ class Frontier:
         scores: Score of each leaf, finite, in [0, 1]. Shape [L].
         subtrees: Which child of the root each leaf descends from (0, 1, ...; the root itself is 0). Shape [L].
         depth: Depth of the leaves.
-        max_step_tokens: Most tokens one child may add, for a hard KV budget; less than a step where `max_tokens` is near.
+        max_step_tokens: Most tokens one child may add, for a hard KV budget: a step's, or what `max_tokens` leaves.
         embeddings: One vector per leaf, or None when the selector did not ask or L is 1. Shape [L, D].
     """
 
