@@ -9,6 +9,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from types import TracebackType
 from typing import Unpack
 
@@ -102,8 +103,8 @@ class ETSEngine:
         self._has_verifier = verifier is not None
         models = Models(StepDecoder(policy, policy_format.tokenizer), policy_format, prm, embedder)
 
-        def finish(job: Job, tree: SearchTree) -> SearchResult:
-            return measure_job(job, tree, models).to_result(job)
+        def finish(job: Job, tree: SearchTree) -> Callable[[], SearchResult]:
+            return partial(measure_job(job, tree, models).to_result, job)
 
         self._worker = Worker(models, finish, max_queued_searches, models.share_threads(1 + len(helpers)))
         self._crew = Crew(self._worker, helpers, self._own, max_queued_searches)

@@ -238,6 +238,7 @@ class TreePolicy:
         except BaseException:
             for leaf in held:
                 self._decoder.leaves.release(leaf)
+            self.usage.shared_tokens = 0
             raise
         self._leaves, self._dropped = {node: leaf for node, leaf in built.items() if node in open_nodes}, ()
         for leaf in self._leaves.values():

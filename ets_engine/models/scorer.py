@@ -95,13 +95,14 @@ class PrmScorer:
         if not new:
             return
         nodes = [reading.name(path) for path in new]
-        request = (reading.verifier, nodes, [reading.nodes[path[:-1]] for path in new], [path[-1] for path in new])
+        texts = reading.verifier.read([path[-1] for path in new])
+        request = (reading.verifier, nodes, [reading.nodes[path[:-1]] for path in new], texts)
         try:
             scores = score_together([request])[0]
         except PoolExhaustedError:
             while self._readings:  # what is kept for others makes room
                 self._readings.pop().verifier.close()
-            scores = reading.verifier.score(*request[1:])
+            scores = reading.verifier.score_read(*request[1:])
         reading.add(new, scores)
 
 

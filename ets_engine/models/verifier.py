@@ -108,8 +108,15 @@ class PrmVerifier:
         return self.score_read(nodes, parents, self.read(texts))
 
     def read(self, texts: Sequence[str]) -> list[str]:
-        """What the PRM is given of some steps."""
-        return [text if self._read_step is None else self._read_step(text) for text in texts]
+        """What the PRM is given of some steps: text that can be encoded, whatever was written.
+
+        Raises:
+            TypeError: `read_step` gave something else than text.
+        """
+        given = [text if self._read_step is None else self._read_step(text) for text in texts]
+        if wrong := [one for one in given if not isinstance(one, str)]:
+            raise TypeError(f"read_step gave {wrong[0]!r}; it has to return the text that the PRM reads")
+        return [one.encode(errors="replace").decode() for one in given]
 
     def score_read(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> list[float]:
         """`score` of what `read` gave; where the KV pool is too small for all of it at once, in parts."""
@@ -139,7 +146,7 @@ class PrmVerifier:
             for node in ancestors(missing, self._paths):
                 parent, ids = self._paths[node]
                 if parent >= 0:
-                    opened[node] = tree.fork(opened[parent])
+                    opened[node] = tree.fork(opened[parent], fill_page=True)
                     self._runner.extend_last([(opened[node], ids)])
                 else:
                     opened[node], unread = self.begin()
@@ -176,6 +183,15 @@ class PrmVerifier:
     def plan(self, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> Reading:
         """Where some steps are to be read, of which `read` gave the texts."""
         reading = Reading({}, {})
+        try:
+            self._place(reading, nodes, parents, texts)
+        except BaseException:
+            for handle, _ in reading.rows.values():
+                self._runner.tree.release(handle)
+            raise
+        return reading
+
+    def _place(self, reading: Reading, nodes: Sequence[int], parents: Sequence[int], texts: Sequence[str]) -> None:
         alike: dict[Hashable, int] = {}
         for node, parent, text in zip(nodes, parents, texts, strict=True):
             above, ids = self._first[parent], self._format.step_ids(text, is_first=parent == 0)
@@ -183,9 +199,8 @@ class PrmVerifier:
             first = reading.first[node] = alike.setdefault(equal, node)
             handle = self._handles[above]
             if first == node and self._runner.tree.path_tokens(handle) + len(ids) <= self._runner.context_tokens:
-                reading.rows[node] = self._runner.tree.fork(handle), ids
+                reading.rows[node] = self._runner.tree.fork(handle, fill_page=True), ids
                 self._paths[node] = above, ids
-        return reading
 
     def accept(self, reading: Reading, parents: Sequence[int]) -> None:
         """Keep steps that were read, and count them; `parents` are those of the plan."""
@@ -286,7 +301,8 @@ def score_together(requests: Sequence[ScoreRequest]) -> list[list[float]]:
     plans: list[Reading] = []
     try:
         open_together([verifier for verifier, *_ in requests])
-        plans += [verifier.plan(nodes, parents, texts) for verifier, nodes, parents, texts in requests]
+        for verifier, nodes, parents, texts in requests:
+            plans.append(verifier.plan(nodes, parents, texts))
         rows = [row for plan in plans for row in plan.rows.values()]
         right = probabilities(runner.logits(runner.extend_last(rows))).tolist() if rows else []  # [B]
     except BaseException:

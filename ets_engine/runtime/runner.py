@@ -278,14 +278,10 @@ class Runner:
                 ids = self._upload([tokens[0] for _, tokens in rows]) if drawn is None else drawn
                 return self._note(self._passes.decode(ids, [handle for handle, _ in rows])).states
             return self._read(rows, stored, last_only=last_only)
-        except torch.OutOfMemoryError as error:
+        except BaseException as error:
             self._rollback(rows, stored)
-            raise PoolExhaustedError(
-                f"{self.device} ran out of memory in a pass over {len(rows)} rows; lower kv_memory_fraction, set "
-                "kv_pool_tokens, or search with less width"
-            ) from error
-        except BaseException:
-            self._rollback(rows, stored)
+            if is_out_of_memory(error):
+                raise self._no_memory(f"in a pass over {len(rows)} rows") from error
             raise
 
     def _read(self, rows: Rows, stored: Sequence[int], *, last_only: bool) -> torch.Tensor:
@@ -377,7 +373,12 @@ class Runner:
             UnsupportedModelError: the model was loaded without a head.
         """
         self.stats.bytes_moved += self.head_bytes
-        return self._logits(hidden)
+        try:
+            return self._logits(hidden)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise self._no_memory(f"for logits of {hidden.numel() // self.hidden_size} rows") from error
+            raise
 
     @torch.inference_mode()
     def draw(
@@ -385,7 +386,18 @@ class Runner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A token for each hidden state, as `sampler.draw` from its logits. [B, hidden] -> [B], [B]."""
         self.stats.bytes_moved += self.head_bytes
-        return self._passes.draw(states, params, draws)
+        try:
+            return self._passes.draw(states, params, draws)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise self._no_memory(f"in a draw for {len(states)} rows") from error
+            raise
+
+    def _no_memory(self, where: str) -> PoolExhaustedError:
+        return PoolExhaustedError(
+            f"{self.device} ran out of memory {where}; lower kv_memory_fraction, set kv_pool_tokens, or search with "
+            "less width"
+        )
 
     def _probe(self, prompt: list[int], branches: list[list[int]], windows: Sequence[int | None]) -> list[torch.Tensor]:
         """Outputs of whole sequences, prompt shared, branches token by token: every path through the code."""
@@ -401,6 +413,13 @@ class Runner:
         own = [torch.stack([step[i] for step in steps]) for i in range(len(branches))]
         sequences = [torch.cat([*shared, part]) for part in own]
         return [self.logits(sequence) if self._head is not None else sequence for sequence in sequences]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the allocator of a CPU, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _head(model: PreTrainedModel) -> torch.nn.Module | None:

@@ -190,8 +190,21 @@ class Courier:
         threading.Thread(target=context.run, args=(ask,), name=f"ets-verifier-{self._job.number}", daemon=True).start()
 
     def finish(self, outcome: object) -> None:
-        """Complete the future, after all events were delivered; see `complete`."""
-        self.end(lambda: complete(self._job, outcome))
+        """Complete the future, after all events were delivered.
+
+        Args:
+            outcome: As in `complete`, or a function of no arguments that gives it; answers are found and compared in
+                this thread, for that takes as long as it takes.
+        """
+
+        def resolve() -> None:
+            try:
+                found = outcome() if callable(outcome) else outcome
+            except BaseException as error:  # of the caller's view
+                found = error
+            complete(self._job, found)
+
+        self.end(resolve)
 
     def end(self, task: Callable[[], object]) -> None:
         """Do a last thing, after all events were delivered.

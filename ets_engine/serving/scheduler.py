@@ -43,7 +43,7 @@ from ets_engine.serving.job import PENDING, Courier, Job, complete
 from ets_engine.types import EngineStats
 
 Finish = Callable[[Job, SearchTree], object]
-"""Turns a finished job into what its future holds, while its models' usage can still be read."""
+"""Measures a finished job while its models' usage can still be read: what `Courier.finish` takes."""
 
 STEP_TOKENS = 32  # a guess at a step's length, to decide how many searches are let in
 
@@ -273,7 +273,7 @@ class Scheduler:
             lengths.append(job.judge.root_tokens)
         for length, runner in zip(lengths, self._models.runners, strict=False):
             pool = runner.tree.pool
-            needed = -(-length // pool.page_tokens) + 1
+            needed = -(-(length + 1) // pool.page_tokens)
             if pool.max_pages is not None and needed > pool.max_pages:
                 raise ContextLengthError(
                     f"the prompt of {length} tokens and one branch take {needed * pool.page_tokens} tokens of KV, and "
@@ -364,7 +364,7 @@ class Scheduler:
         """Give back all that a search holds, and complete its future."""
         try:
             found: object = self._finish(job, outcome) if isinstance(outcome, SearchTree) else outcome
-        except BaseException as error:  # of the caller's view
+        except BaseException as error:
             found = error
         for part in (job.policy, job.judge):
             if part is not None:

@@ -29,7 +29,7 @@ class Worker:
 
     Args:
         models: What searches run on; only this thread uses them from now on.
-        finish: Turns a finished job into its result, in this thread.
+        finish: Measures a finished job, in this thread; see `Finish`.
         max_queued: Most jobs that wait for room.
         num_threads: Of torch, for its passes (count); None = as many as everywhere.
     """

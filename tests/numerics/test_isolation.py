@@ -55,6 +55,10 @@ def bad_read_step(text: str) -> str:
     raise ValueError("mine")
 
 
+def empty_read_step(text: str) -> Any:
+    return None
+
+
 def ending_read_step(text: str) -> str:
     return next(iter(()))
 
@@ -82,6 +86,61 @@ def test_a_function_that_raises_whatever_it_likes_ends_its_own_search(
         its_own.result(timeout=30)
     assert [Essence(one.result(timeout=30)) for one in others] == alone
     assert Essence(engine.search(PROBLEMS[0], settings())) == alone[0]
+
+
+def test_a_step_that_is_read_as_no_text_ends_its_own_search(engine: ETSEngine) -> None:
+    alone = [Essence(engine.search(problem, settings())) for problem in PROBLEMS[:3]]
+    others = [engine.submit(problem, settings()) for problem in PROBLEMS[:3]]
+    its_own = engine.submit(PROBLEMS[3], settings(), read_step=empty_read_step)
+    with pytest.raises(TypeError, match="read_step gave None"):
+        its_own.result(timeout=30)
+    assert [Essence(one.result(timeout=30)) for one in others] == alone
+    torn = engine.search(PROBLEMS[3], settings(), read_step=lambda text: "\ud800" + text)
+    assert not torn.num_errors, "half a character is read as something"
+    settle(engine)
+
+
+def test_answers_are_compared_where_nobody_else_waits(engine: ETSEngine) -> None:
+    """A view that takes its time holds up its own search only."""
+    gate, asked = threading.Event(), threading.Event()
+
+    class SlowView:
+        def answer(self, problem: str, text: str) -> str:
+            asked.set()
+            gate.wait(30)
+            return text
+
+        def same(self, left: str, right: str) -> bool:
+            return left == right
+
+    slow = engine.submit(PROBLEMS[3], settings(), view=SlowView())
+    assert asked.wait(30)
+    assert engine.submit(PROBLEMS[0], settings()).result(timeout=30).trace is not None
+    assert not slow.done()
+    gate.set()
+    assert slow.result(timeout=30).answer
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory: 9 bytes"])
+def test_a_head_without_memory_costs_time_and_nothing_else(
+    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    made = make(folders)
+    alone = [Essence(made.search(problem, settings())) for problem in PROBLEMS[:4]]
+    runner, refused = scheduler(made)._models.decoder.runner, []
+    logits = runner._logits
+
+    def few(hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > 8:
+            refused.append(len(hidden))
+            raise torch.OutOfMemoryError(message) if message.startswith("CUDA") else RuntimeError(message)
+        return logits(hidden)
+
+    monkeypatch.setattr(runner, "_logits", few)
+    found = [made.submit(problem, settings()) for problem in PROBLEMS[:4]]
+    assert [Essence(one.result(timeout=60)) for one in found] == alone and refused
+    settle(made)
+    made.close()
 
 
 @pytest.mark.parametrize(

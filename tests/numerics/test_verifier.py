@@ -93,6 +93,29 @@ def test_residency_by_hand() -> None:
     assert verifier.usage.path_tokens == (ROOT_TOKENS + 4 + 3) + (ROOT_TOKENS + 2)
 
 
+def test_a_step_goes_on_in_the_page_of_the_step_before() -> None:
+    verifier, runner = verifier_for()
+    parent, pool = 0, runner.tree.pool
+    for node in range(1, 13):
+        verifier.score([node], [parent], ["a\n"])
+        verifier.retain([node])
+        parent = node
+    used = pool.num_pages - pool.num_free_pages
+    assert used == -(-(ROOT_TOKENS + 12 * 2) // 4)
+    runner.tree.check_integrity()
+
+
+def test_a_step_that_cannot_be_placed_leaves_nothing_behind() -> None:
+    verifier, runner = verifier_for()
+    verifier.score([1], [0], ["abc\n"])
+    held = runner.tree.resident_tokens, len(runner.tree)
+    with pytest.raises(AttributeError):
+        verifier.score_read([2, 3], [1, 1], ["ok\n", None])  # type: ignore[list-item]
+    assert held == (runner.tree.resident_tokens, len(runner.tree))
+    verifier.close()
+    assert runner.tree.resident_tokens == 0
+
+
 def test_a_step_without_text_is_scored_at_its_mark() -> None:
     verifier, _ = verifier_for()
     assert verifier.score([1], [0], [""]) == pytest.approx(plain_scores(tiny_prm("llama"), [""]), abs=1e-4)
