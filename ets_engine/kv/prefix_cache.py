@@ -76,6 +76,11 @@ class PrefixCache:
         found, known = self._match(ids[: len(ids) - 1])
         return (self._tree.root(owner) if found is None else self._tree.fork(found.handle, owner)), known
 
+    def may_remember(self, num_tokens: int) -> bool:
+        """Whether a prompt of so many tokens can be remembered at all."""
+        page = self._tree.pool.page_tokens
+        return page <= num_tokens // page * page <= self._max_tokens
+
     def remember(self, ids: Sequence[int], leaf: int) -> int:
         """Keep the KV of a prompt's whole pages beyond the leaf's own life.
 

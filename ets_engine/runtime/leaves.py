@@ -73,6 +73,7 @@ class Leaves:
         Raises:
             PoolExhaustedError: the KV pool is full; nothing has changed.
         """
+        self._go_on_below_remembered(leaf)
         num_tokens = min(max_tokens, len(leaf.pending) - 1)
         if num_tokens > 0:
             meter = self._usages.read_meter()
@@ -105,17 +106,50 @@ class Leaves:
         )
 
     def open(self, leaves: Sequence[Leaf]) -> None:
-        """Read the pending tokens of some leaves in one batch, so that children can fork from them.
+        """Read the pending tokens of some leaves, so that children can fork from them.
+
+        In one batch, but for prompts that begin alike: one of them is read first, and the others go on below it.
 
         Raises:
-            PoolExhaustedError: the KV pool is full; nothing has changed.
+            PoolExhaustedError: the KV pool is full; what was read by then counts as read.
         """
-        if not (unread := self.unread(leaves)):
+        while unread := self.unread(leaves):
+            now = self._first_of_each_kind(unread)
+            meter = self._usages.read_meter()
+            hidden = self._runner.extend_last([(leaf.handle, leaf.pending) for leaf in now])
+            self._usages.charge([leaf.search for leaf in now], meter)
+            self.accept(now, hidden)
+
+    def _first_of_each_kind(self, unread: Sequence[Leaf]) -> list[Leaf]:
+        """Those of some unread leaves that share no page with one before that nobody has read yet."""
+        prompts = [leaf for leaf in unread if leaf.prompt]
+        if len(prompts) < 2:
+            return list(unread)
+        for leaf in prompts:
+            self._go_on_below_remembered(leaf)
+        tree, prefixes = self._runner.tree, self._runner.prefixes
+        page = tree.pool.page_tokens
+        first: dict[Hashable, Leaf] = {}
+        for leaf in unread:
+            may_share = len(leaf.pending) > page and prefixes.may_remember(len(leaf.prompt))
+            kind = (tree.path_tokens(leaf.handle), leaf.pending[:page]) if leaf.prompt and may_share else id(leaf)
+            first.setdefault(kind, leaf)
+        return list(first.values())
+
+    def _go_on_below_remembered(self, leaf: Leaf) -> None:
+        """Read no more of a prompt than what is new, if more of it was remembered since it was begun than is read."""
+        if not leaf.prompt:
             return
-        meter = self._usages.read_meter()
-        hidden = self._runner.extend_last([(leaf.handle, leaf.pending) for leaf in unread])
-        self._usages.charge([leaf.search for leaf in unread], meter)
-        self.accept(unread, hidden)
+        tree, usage = self._runner.tree, self._usages.of(leaf.search)
+        handle, known = self._runner.prefixes.begin(leaf.prompt, owner=leaf.search)
+        if known <= tree.path_tokens(leaf.handle):
+            tree.release(handle)
+            return
+        more = known - tree.prefix_tokens(leaf.handle)
+        usage.cached_prompt_tokens += more
+        usage.shared_tokens += more
+        tree.release(leaf.handle)
+        leaf.handle, leaf.pending = handle, leaf.prompt[known:]
 
     def unread(self, leaves: Sequence[Leaf]) -> list[Leaf]:
         """Those that have pending tokens, each once."""

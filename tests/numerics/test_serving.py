@@ -183,6 +183,30 @@ def test_prompts_that_begin_alike_are_read_once(folders: tuple[str, str]) -> Non
     plain.close()
 
 
+@pytest.mark.parametrize("chunk_tokens", [8, 512])
+def test_prompts_that_begin_alike_are_read_once_when_they_come_together(
+    folders: tuple[str, str], chunk_tokens: int
+) -> None:
+    engine, plain = make(folders, prefill_chunk_tokens=chunk_tokens), make(folders, prefix_cache_tokens=0)
+    asked = ["be brief and say why. " + problem for problem in PROBLEMS[:4]] + PROBLEMS[:2]
+    expected = [plain.search(problem, settings()) for problem in asked]
+    gate = threading.Event()
+    first = engine.submit("z", settings(), on_event=lambda event: gate.wait(10))
+    found = [engine.submit(problem, settings()) for problem in asked]  # let in at once
+    gate.set()
+    results = [one.result(timeout=60) for one in found]
+    assert [Essence(one) for one in results] == [Essence(one) for one in expected] and first.result(timeout=60)
+    shared = sorted(one.cached_prompt_tokens for one in results[:4])
+    whole_pages = (1 + len("be brief and say why. what is ")) // 4 * 4
+    assert shared == [0, *[whole_pages] * 3]
+    for one, other in zip(results, expected, strict=True):
+        assert one.kv and other.kv and one.kv.peak_tokens == other.kv.peak_tokens, "a shared prompt counts for each"
+        assert one.timing.read_tokens <= other.timing.read_tokens
+    settle(engine)
+    engine.close()
+    plain.close()
+
+
 def test_remembered_prompts_make_room(folders: tuple[str, str]) -> None:
     """A pool that one search and its prompt nearly fill, and prompt after prompt to remember."""
     small = make(folders, kv_pool_tokens=96)
