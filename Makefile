@@ -5,7 +5,7 @@
 #   make test     all tests
 #   make lint     style, formatting, types
 #   make format   repair what `make lint` can repair
-#   make bench    every bench of the cookbook; minutes
+#   make bench    every bench of the cookbook; an hour or more
 #
 # An environment that is there already is taken as it is with: make test ENV= VENV=path/to/it
 

@@ -338,7 +338,7 @@ class SearchEvent(Value):
         kept: Leaves that got children (count).
         pruned: Leaves that got none (count).
         finished: Finished trajectories so far (count).
-        best_score: Best step score on the frontier.
+        best_score: Best step score on the frontier, of finished trajectories once nothing is open.
         kv_unique_tokens: Tokens of all steps on the kept paths; what equal or alike steps share is not taken off.
         kv_path_tokens: The same without sharing.
         generated_tokens: Tokens generated so far.

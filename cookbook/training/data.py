@@ -209,7 +209,7 @@ def verifier_batches(
         batches[min(seen * count // total, count - 1)].append(row)
         seen += len(row[0])
     fill = (encode.pad, -100, -100, -100)
-    return [tuple(pad([row[i] for row in batch], fill[i]) for i in range(4)) for batch in batches]
+    return [tuple(pad([row[i] for row in batch], fill[i]) for i in range(4)) for batch in batches if batch]
 
 
 def _verifier_row(

@@ -1,6 +1,6 @@
 """Train the reference PRM from the policy's weights, on corrupted solutions and the policy's own rollouts; resumable.
 
-python cookbook/training/train_prm.py --init runs/policy/step-4000 --rollouts runs/rollouts.jsonl --out runs/prm
+python cookbook/training/train_prm.py --init runs/policy/step-2400 --rollouts runs/rollouts.jsonl --out runs/prm
 """
 
 from __future__ import annotations

@@ -116,7 +116,9 @@ def bench(
         )
         with BenchProgress(Console(stderr=True, highlight=False)) as progress:
             summary = compare(plan, progress.start, lambda result, record: progress.advance(record.method))
-        Console(highlight=False).print(summary_view(summary))
+        console = Console(highlight=False)
+        console.width = max(80, console.width)  # a narrower terminal wraps: a number that is cut is another one
+        console.print(summary_view(summary))
         if report:
             from ets_engine.evaluation.report import report_page
 
@@ -181,7 +183,12 @@ def tree(
 
         page = tree_page(*read_trace(file))
         target = out or file.with_suffix(".html")
-        target.write_text(page, encoding="utf-8")
+        if target.resolve() == file.resolve():
+            raise ConfigError(f"--out {target} is the tree itself; name another file")
+        try:
+            target.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {target}: {error.strerror}; name a file that can be written") from error
         typer.echo(f"{target}")
 
 

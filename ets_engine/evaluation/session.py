@@ -104,6 +104,10 @@ def compare(
     problems = load_problems(plan.data, limit=plan.limit, seed=plan.data_seed)
     places = {problem.id: place for place, problem in enumerate(problems)}
     methods = methods_of(plan.strategies, plan.widths)
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"no folder {plan.out} can be made for results: {error.strerror}") from error
 
     def keep(result: SearchResult | None, record: Record) -> None:
         if plan.trace and result is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -67,8 +68,12 @@ def main() -> int:
     try:
         for problem in generate_problems(args.family, args.level, args.seed, args.count):
             print(json.dumps(problem.to_dict()))
+        sys.stdout.flush()
     except ETSError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

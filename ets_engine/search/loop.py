@@ -156,6 +156,7 @@ def _score(
 def _event(tree: SearchTree, kind: str, kept: tuple[int, ...]) -> SearchEvent:
     """Progress after a selection, for the leaves that go on."""
     open_leaves = tree.frontier
+    scored = open_leaves or tree.finished
     return SearchEvent.model_validate(
         {
             "kind": kind,
@@ -164,7 +165,7 @@ def _event(tree: SearchTree, kind: str, kept: tuple[int, ...]) -> SearchEvent:
             "kept": len(kept),
             "pruned": len(open_leaves) - len(kept),
             "finished": len(tree.finished),
-            "best_score": max((tree[leaf].step_score for leaf in open_leaves), default=0.0),
+            "best_score": max((tree[leaf].step_score for leaf in scored), default=0.0),
             "kv_unique_tokens": tree.union_tokens(kept),
             "kv_path_tokens": sum(tree.tokens_to(leaf) for leaf in kept),
             "generated_tokens": tree.generated_tokens,

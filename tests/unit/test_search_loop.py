@@ -84,7 +84,7 @@ def test_events():
     assert (step.frontier, step.kept, step.pruned, step.best_score) == (2, 1, 1, 0.9)
     assert (step.kv_unique_tokens, step.kv_path_tokens, step.generated_tokens, step.common_text) == (11, 11, 2, "x=1 ")
     assert (last.frontier, last.kept, last.finished, last.common_text) == (0, 0, 2, "x=1 so ")
-    assert last.best_score == 0.0  # of the open leaves, and there is none
+    assert last.best_score == end.best_score == 0.5  # of the finished ones: no leaf is open
     assert end.common_text == "x=1 so "
 
 
