@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,10 +104,6 @@ def compare(
     problems = load_problems(plan.data, limit=plan.limit, seed=plan.data_seed)
     places = {problem.id: place for place, problem in enumerate(problems)}
     methods = methods_of(plan.strategies, plan.widths)
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"no folder {plan.out} can be made for results: {error.strerror}") from error
 
     def keep(result: SearchResult | None, record: Record) -> None:
         if plan.trace and result is not None:
@@ -121,6 +117,7 @@ def compare(
     # every prompt is read anew: else whichever method came first would pay for all of them
     engine_config = EngineConfig(**{**plan.engine.model_dump(), "prefix_cache_tokens": 0})
     with (
+        _made(plan.out),
         open_engine(plan.model, plan.verifier, engine_config) as engine,
         closing(Results(plan.out / RESULTS, _settings(plan))) as results,
     ):
@@ -161,6 +158,27 @@ def _summarise_present(lines: Sequence[Line], problems: Sequence[EvalProblem]) -
     if not stale:
         return summary
     return summarise([line for line in lines if isinstance(line, Settings) or line.method not in stale], problems)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder before models load; what is empty when something fails is taken away again.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"no folder {folder} can be made for results: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            for one in missing:
+                one.rmdir()
+        raise
 
 
 def _settings(plan: Plan) -> Settings:
