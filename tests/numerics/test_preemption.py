@@ -13,7 +13,7 @@ from ets_engine.errors import PoolExhaustedError
 from ets_engine.models import TreePolicy
 from ets_engine.service import ETSEngine
 from ets_engine.serving import Scheduler
-from ets_engine.types import SearchResult
+from ets_engine.types import SearchResult, StopReason
 
 from .test_serving import PROBLEMS, Essence, engine, half, make, scheduler, settings, settle, shared
 
@@ -188,4 +188,35 @@ def test_who_waits_for_a_search_without_room_gives_it_its_own(
     with make(folders) as other:
         assert Essence(first.result()) == Essence(other.search(PROBLEMS[0], config))
     settle(small)
+    small.close()
+
+
+def test_a_prompt_is_counted_once_however_often_it_did_not_fit_again(folders: tuple[str, str]) -> None:
+    config = EngineConfig(device="cpu", page_tokens=4, kv_pool_tokens=400)
+    small = ETSEngine.from_pretrained(folders[0], None, config)
+    models = scheduler(small)._models
+    tree, prompt = models.decoder.runner.tree, "be brief and say why. what is 1+1?"
+    first = TreePolicy(models.decoder, models.format, prompt, settings(), "first")
+    first.start()
+    first.expand([0], [1])
+    first.close()  # the prompt is remembered
+    policy = TreePolicy(models.decoder, models.format, prompt, settings(), "second")
+    policy.start()
+    parents = [0] * 6
+    for first_child in (1, 7):
+        children = [first_child + place for place in range(len(parents))]
+        steps = zip(children, policy.expand(parents, children), strict=True)
+        parents = [child for child, step in steps if step.stop is StopReason.BOUNDARY]
+        policy.retain(parents)
+    assert policy.usage.shared_tokens == 32  # all pages but the one that is read again
+    policy.drop()
+    other = tree.root("other")
+    tree.append(other, 4 * tree.pool.free_pages_left - 4)
+    for _ in range(3):
+        with pytest.raises(PoolExhaustedError):
+            policy.restore()
+    tree.release(other)
+    policy.restore()
+    assert 32 <= policy.usage.shared_tokens <= policy.usage.prompt_tokens == 36
+    policy.close()
     small.close()
